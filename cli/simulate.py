@@ -1,0 +1,47 @@
+"""`bract simulate`: virtual clients on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import InputError
+from ..experiment import Experiment
+from ..simulations.experiments import DEFAULT_EXPERIMENT
+from .output import JsonOption, print_json, status
+
+
+def simulate(
+    file: Annotated[
+        Path | None, typer.Argument(help="Experiment file (TOML); without it: four hospitals, heart disease.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set a key of the file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run directory; by default runs/<time>-<name>.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Train over virtual clients and leave a run directory with model, guarantee and report."""
+    if resume is not None and (file is not None or overrides or out is not None):
+        raise InputError(
+            "experiment-conflict", "--resume RUN: goes alone; a run keeps its experiment and its directory"
+        )
+    # Read before torch and flwr are imported, so that a wrong file is refused at once.
+    experiment = None if resume else Experiment.load(file or DEFAULT_EXPERIMENT, overrides=overrides or ())
+
+    with status("loading torch, opacus and flwr"):
+        from ..reports.progress import Progress
+        from ..reports.summary import print_summary
+        from ..simulations.run import simulate as run
+    with Progress() as progress:
+        result = run(experiment, out=out, resume=resume, listeners=[progress])
+    if as_json:
+        print_json(result.record)
+    else:
+        print_summary(result.run_dir)
+    return result.exit_status

@@ -1,0 +1,1 @@
+"""The data owner: Flower ClientApp, local training, the gate."""

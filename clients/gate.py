@@ -1,0 +1,79 @@
+"""The gate: the one door through which messages come in and replies leave.
+
+What comes in is checked against the model. What leaves is exactly what a mechanism covered, or what the experiment
+declares as released in the clear; errors leave as a code and a fixed sentence, never with the text of an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from ..core import flower
+from ..core.errors import CATALOGUE, BractError, RunError
+from ..core.parameters import Arrays, Layout, arrays_of, record_of
+from ..strategies.fedavg import COUNT_KEY
+
+HISTOGRAM_KEY = "histogram"
+# Codes of failures whose sentence says nothing about a record; any other leaves as `client-failed`.
+_PUBLIC_CODES = ("reply-invalid", "value-out-of-range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What may pass: tensors of this layout, and counts of records only where they are not withheld."""
+
+    layout: Layout
+    withhold_counts: bool
+
+    def admit(self, message: Message) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays of a message; raises RunError unless they are finite and fit the model."""
+        arrays = arrays_of(message.content["arrays"])  # type: ignore[arg-type]
+        self._check(arrays)
+        return arrays
+
+    def release_update(self, message: Message, arrays: Arrays, *, records: int) -> Message:
+        """Return the reply to a train message: the model's shared tensors, and a weight.
+
+        The weight is the number of records, or 1 where counts are withheld.
+        """
+        self._check(arrays)
+        metrics = MetricRecord({COUNT_KEY: 1 if self.withhold_counts else records})
+        return Message(RecordDict({"arrays": record_of(arrays), "metrics": metrics}), reply_to=message)
+
+    def release_histogram(self, message: Message, released: NDArray[np.int64]) -> Message:
+        """Return the reply to an evaluate message: a histogram that the release mechanism made."""
+        metrics = MetricRecord({HISTOGRAM_KEY: [int(count) for count in released.ravel()]})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    def _check(self, arrays: Arrays) -> None:
+        self.layout.check(arrays)
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise RunError("value-out-of-range", f"tensor {name!r} holds a number that is not finite")
+
+
+def release_error(message: Message, error: Exception) -> Message:
+    """Return the error reply to a message: a code and the catalogue's own words."""
+    code = error.code if isinstance(error, BractError) and error.code in _PUBLIC_CODES else "client-failed"
+    return flower.error_reply(message, code, CATALOGUE[code].meaning.rstrip("."))
+
+
+def histogram_of(content: RecordDict, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return the histogram of an evaluate reply; raises RunError `reply-invalid` if it has another shape."""
+    for record in content.values():
+        if isinstance(record, MetricRecord) and isinstance(record.get(HISTOGRAM_KEY), list):
+            counts = np.asarray(record[HISTOGRAM_KEY], dtype=np.int64)
+            if counts.size == int(np.prod(shape)):
+                return counts.reshape(shape)
+    raise RunError("reply-invalid", "the reply holds no histogram of the planned shape")
+
+
+def personal_of(state: Mapping[str, object]) -> dict[str, NDArray[np.generic]] | None:
+    """Return the personal tensors that a client kept in its Flower context, if it did."""
+    record = state.get("personal")
+    return arrays_of(record) if isinstance(record, ArrayRecord) else None

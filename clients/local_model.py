@@ -1,0 +1,119 @@
+"""The resident model of a process: which tensors travel, which stay, and how a client's state is put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..core.errors import InputError
+from ..core.parameters import Arrays, Layout
+from ..privacy.layers import make_private
+from ..tasks.task import Task, initial_model
+from .training import LocalTraining
+
+
+class LocalModel:
+    """A module whose tensors are shared, personal, or at rest (frozen parameters, buffers that do not travel).
+
+    One module serves all virtual clients of a process: `load` makes it one client's.
+    """
+
+    def __init__(self, module: nn.Module, training: LocalTraining, *, device: torch.device | None = None) -> None:
+        _refuse_unused_patterns(module, training)
+        for name, parameter in module.named_parameters():
+            if _matches(name, training.frozen):
+                parameter.requires_grad_(False)
+        self.module = module.to(device or torch.device("cpu"))
+        self.device = device or torch.device("cpu")
+        parameters = dict(self.module.named_parameters())
+        trainable = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        travelling = dict(_travelling_buffers(self.module, training))
+        self.personal: dict[str, Tensor] = {
+            name: tensor for name, tensor in trainable.items() if _matches(name, training.personal)
+        }
+        self.shared: dict[str, Tensor] = {
+            name: tensor for name, tensor in {**trainable, **travelling}.items() if name not in self.personal
+        }
+        if not any(isinstance(tensor, nn.Parameter) for tensor in self.shared.values()):
+            raise InputError("experiment-conflict", "train.personal and train.frozen leave no parameter to share")
+        at_rest = {name: buffer for name, buffer in self.module.named_buffers() if name not in travelling}
+        # What a client changes and does not send is put back before the next client trains.
+        self._initial = {name: tensor.detach().clone() for name, tensor in {**at_rest, **self.personal}.items()}
+        self.layout = Layout.of(self.shared_arrays())
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained: shared and personal ones."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def load(self, shared: Arrays, personal: Arrays | None = None) -> None:
+        """Make the module a client's: shared tensors as sent, personal ones as it kept them, all else initial."""
+        tensors = dict(self.module.named_buffers()) | self.personal
+        with torch.no_grad():
+            for name, initial in self._initial.items():
+                tensors[name].copy_(initial)
+            _copy(self.shared, shared)
+            if personal:
+                _copy(self.personal, personal)
+
+    def shared_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return copies of the tensors that travel."""
+        return {name: _array(tensor) for name, tensor in self.shared.items()}
+
+    def personal_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return copies of the tensors that stay with the client."""
+        return {name: _array(tensor) for name, tensor in self.personal.items()}
+
+
+def _copy(tensors: Mapping[str, Tensor], arrays: Arrays) -> None:
+    for name, tensor in tensors.items():
+        # Arrays from a message may be read-only, which torch warns of; copy_ does not write to its source.
+        array = arrays[name]
+        tensor.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
+
+
+def _array(tensor: Tensor) -> NDArray[np.generic]:
+    detached = tensor.detach()
+    # numpy has no bfloat16; float32 holds its values exactly.
+    detached = detached.float() if detached.dtype == torch.bfloat16 else detached
+    return np.array(detached.cpu().numpy())
+
+
+def _travelling_buffers(module: nn.Module, training: LocalTraining) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in module.named_buffers():
+        if training.buffers is None:
+            if buffer.is_floating_point():
+                yield name, buffer
+        elif _matches(name, training.buffers):
+            yield name, buffer
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse_unused_patterns(module: nn.Module, training: LocalTraining) -> None:
+    parameters = [name for name, _ in module.named_parameters()]
+    buffers = [name for name, _ in module.named_buffers()]
+    for key, patterns, names in (
+        ("personal", training.personal, parameters),
+        ("frozen", training.frozen, parameters),
+        ("buffers", training.buffers or (), buffers),
+    ):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InputError(
+                    "experiment-value",
+                    f'train.{key} = "{pattern}": matches no tensor; the model has {", ".join(names[:8]) or "none"}',
+                )
+
+
+def build_module(task: Task, *, seed: int, private: bool) -> tuple[nn.Module, list[str]]:
+    """Return a task's module with the public seed's initial weights, and what was changed to make it private."""
+    module: nn.Module = initial_model(task.model, seed)
+    return make_private(module) if private else (module, [])

@@ -1,0 +1,87 @@
+"""LocalTraining: the declarative description of what one client does in one round; kernels execute it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from ..core.errors import InputError
+
+if TYPE_CHECKING:
+    from ..experiment import TrainTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """One client's round: epochs over its records, the optimizer's step, and which tensors it concerns.
+
+    Patterns are shell patterns over tensor names (`head.*`). `buffers` None means every floating-point buffer
+    travels, as without privacy it must for batch normalization; under privacy none may.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    optimizer: Literal["sgd", "adam", "adagrad"] = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    l2: float = 0.0
+    personal: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    buffers: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, table: TrainTable, *, private: bool) -> LocalTraining:
+        """Return the description that [train] gives; `private` when no buffer may leave."""
+        return cls(
+            epochs=table.epochs,
+            batch_size=table.batch_size,
+            optimizer=table.optimizer,
+            learning_rate=table.learning_rate,
+            momentum=table.momentum,
+            l2=table.l2,
+            personal=table.personal,
+            frozen=table.frozen,
+            buffers=() if private else table.buffers,
+        )
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return a new optimizer; its L2 term is added to the gradient in the step, after any clipping and noise."""
+        parameters = list(parameters)
+        match self.optimizer:
+            case "adam":
+                return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.l2)
+            case "adagrad":
+                return torch.optim.Adagrad(parameters, lr=self.learning_rate, weight_decay=self.l2)
+            case _:
+                return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.l2)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of `train.device`: "auto" is CUDA where there is one. Raises InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError, by device
+        raise InputError("device-missing", f'train.device = "{name}": there is no such device here') from error
+    return device
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Make training a function of its input: one thread, deterministic algorithms; put both back afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -1,0 +1,156 @@
+"""Errors that a user can act on: a code, one sentence, and the mend.
+
+`bract explain CODE` prints the entry of CATALOGUE. The class decides the exit status: 2 the input was wrong,
+3 the budget or the policy said no, 1 the run failed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What an error code means, and what to do about it."""
+
+    meaning: str
+    mend: str
+
+
+class BractError(Exception):
+    """An error with a code of CATALOGUE and one sentence that says what to mend."""
+
+    exit_status = 1
+
+    def __init__(self, code: str, sentence: str) -> None:
+        if code not in CATALOGUE:
+            raise ValueError(f"unknown error code {code!r}")
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+
+    def __reduce__(self) -> tuple[type[BractError], tuple[str, str]]:
+        return type(self), (self.code, self.sentence)
+
+
+class InputError(BractError):
+    """The input was wrong: nothing was read or trained."""
+
+    exit_status = 2
+
+
+class Refusal(BractError):
+    """The budget or the policy said no."""
+
+    exit_status = 3
+
+
+class RunError(BractError):
+    """The run failed."""
+
+    exit_status = 1
+
+
+CATALOGUE: dict[str, Explanation] = {
+    "experiment-missing": Explanation(
+        meaning="The experiment file does not exist or cannot be read.",
+        mend="Check the path; `bract simulate` without a file runs the built-in heart-disease experiment.",
+    ),
+    "experiment-syntax": Explanation(
+        meaning="The experiment file is not valid TOML.",
+        mend="Mend the line that the message names; strings need quotes, tables stand in square brackets.",
+    ),
+    "experiment-key": Explanation(
+        meaning="The experiment file has a table or a key that bract does not know.",
+        mend="Take the nearest known name from the message, or delete the line; docs/experiment.md lists all keys.",
+    ),
+    "experiment-value": Explanation(
+        meaning="A key of the experiment file has a value of the wrong type or out of range.",
+        mend="Give the value that the message asks for.",
+    ),
+    "experiment-conflict": Explanation(
+        meaning="Two settings of the experiment file exclude each other.",
+        mend="Drop or change one of the two keys that the message names.",
+    ),
+    "plugin-missing": Explanation(
+        meaning="A task, strategy or model that is named by dotted path or entry point could not be found or imported.",
+        mend="Check the spelling `package.module:Name`; the folder of the experiment file is searched first.",
+    ),
+    "plugin-invalid": Explanation(
+        meaning="A task or strategy was found but does not have the methods that bract calls, or refused its keys.",
+        mend="Compare it with the protocol in docs/tasks.md or docs/strategies.md.",
+    ),
+    "data-missing": Explanation(
+        meaning="A data file does not exist or cannot be read.",
+        mend="Check `task.data`; a relative path starts at the folder of the experiment file.",
+    ),
+    "data-invalid": Explanation(
+        meaning="A data file does not have the columns or the form that the task declares.",
+        mend="Compare the columns that the message names with the keys of [task].",
+    ),
+    "data-empty": Explanation(
+        meaning="A client has no record to train on.",
+        mend="Use fewer clients, another partitioner, or drop that client.",
+    ),
+    "model-not-private": Explanation(
+        meaning="The model holds a layer whose output for one record depends on other records, or that Opacus "
+        "cannot compute per-example gradients for.",
+        mend="Replace the layer that the message names (GroupNorm for BatchNorm), or freeze it.",
+    ),
+    "device-missing": Explanation(
+        meaning="The device that the experiment asks for is not there.",
+        mend='Use `train.device = "auto"` or "cpu".',
+    ),
+    "run-missing": Explanation(
+        meaning="The directory is not a run of bract, or lacks the file that was asked for.",
+        mend="Give the run directory itself: the one that holds manifest.json.",
+    ),
+    "run-exists": Explanation(
+        meaning="The directory that --out names already holds something.",
+        mend="Choose another directory, or go on with that run by --resume.",
+    ),
+    "run-changed": Explanation(
+        meaning="A run can only be resumed with the experiment, data and software that started it.",
+        mend="Restore what the message names, or start a new run.",
+    ),
+    "run-unreadable": Explanation(
+        meaning="A file of the run directory is damaged.",
+        mend="Restore it from a backup, or start a new run.",
+    ),
+    "run-unwritable": Explanation(
+        meaning="The run directory could not be written.",
+        mend="Check the disk's space and the permissions of the folder.",
+    ),
+    "budget-exhausted": Explanation(
+        meaning="The next round would spend more privacy than the experiment allows.",
+        mend="The model so far is saved. Plan more noise or fewer rounds in a new run; a spent budget stays spent.",
+    ),
+    "client-failed": Explanation(
+        meaning="A client raised an error while it trained or evaluated; the text stays on its side.",
+        mend="Read the client's own log (private/clients.log of a simulation).",
+    ),
+    "value-out-of-range": Explanation(
+        meaning="A client's update holds a number that is not finite or lies outside the public bound of the sum.",
+        mend="Lower the learning rate, or clip the update.",
+    ),
+    "reply-invalid": Explanation(
+        meaning="A client's reply does not have the tensors, shapes or types that were asked for.",
+        mend="Run the same bract version and task on server and clients.",
+    ),
+    "quorum-missed": Explanation(
+        meaning="Too few clients of a round replied.",
+        mend="Read why they failed; `server.quorum` sets the share that must reply.",
+    ),
+    "strategy-failed": Explanation(
+        meaning="The strategy raised an error.",
+        mend="Read the trace in private/strategy.log of the run.",
+    ),
+    "interrupted": Explanation(
+        meaning="The run was stopped by the user.",
+        mend="Go on with `bract simulate --resume RUN`.",
+    ),
+    "internal": Explanation(
+        meaning="Something went wrong that bract did not foresee.",
+        mend="Run again with BRACT_DEBUG=1 for the trace, and report it.",
+    ),
+}

@@ -1,0 +1,113 @@
+"""Secret, keyed randomness: every draw is a function of (key, purpose), never of a global generator.
+
+A key is 32 bytes. Children are derived with HMAC-SHA256 over the length-prefixed path, so no two paths collide.
+A stream expands a key with AES-256 in counter mode (NIST SP 800-38A): whoever does not hold the key cannot tell
+its output from uniform bits. Normal deviates come from Box and Muller's transform (1958) of 53-bit uniforms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+KEY_BYTES = 32
+_BLOCK = 2**15
+
+
+@dataclass(frozen=True)
+class Key:
+    """32 secret bytes (or, by `from_seed`, public ones) from which randomness is derived by purpose."""
+
+    secret: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(self.secret)}")
+
+    @classmethod
+    def fresh(cls) -> Key:
+        """Return a key from the operating system's generator."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Key:
+        """Return the public key of a seed: reproducible, and private towards nobody who knows the seed."""
+        return cls(hashlib.sha256(f"bract public seed {seed}".encode()).digest())
+
+    def child(self, *path: str | int) -> Key:
+        """Return the key for a purpose, such as `key.child("noise", round, client)`."""
+        message = b"".join(_prefixed(part) for part in path)
+        return Key(hmac.new(self.secret, message, hashlib.sha256).digest())
+
+    def stream(self) -> Stream:
+        """Return the stream of this key, from its beginning."""
+        return Stream(self)
+
+    def integer(self, bits: int = 63) -> int:
+        """Return an integer of at most 63 bits for libraries that take nothing but a seed."""
+        return int.from_bytes(self.child("integer").secret[:8], "big") >> (64 - bits)
+
+
+def _prefixed(part: str | int) -> bytes:
+    kind = b"i" if isinstance(part, int) else b"s"
+    raw = str(part).encode()
+    return kind + len(raw).to_bytes(4, "big") + raw
+
+
+class Stream:
+    """The AES-256-CTR key stream of one key; each call takes the next bytes of it."""
+
+    def __init__(self, key: Key) -> None:
+        # A key's stream is used for nothing else, so the counter may start at zero.
+        self._cipher = Cipher(algorithms.AES256(key.child("stream").secret), modes.CTR(bytes(16))).encryptor()
+
+    def bytes(self, count: int) -> bytes:
+        """Return the next `count` bytes."""
+        return self._cipher.update(bytes(count))
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Return the next `count` unsigned 64-bit words."""
+        return np.frombuffer(self.bytes(8 * count), dtype="<u8").astype(np.uint64, copy=False)
+
+    def uniforms(self, count: int) -> NDArray[np.float64]:
+        """Return `count` uniform float64 in the open interval (0, 1), on the grid of 2^-54 · odd numbers."""
+        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        """Return `count` standard normal float64."""
+        normals = np.empty(count + count % 2)
+        # In blocks that stay in the processor's cache: three times as fast for a large model.
+        for block in np.split(normals, range(_BLOCK, len(normals), _BLOCK)):
+            half = len(block) // 2
+            uniforms = self.uniforms(len(block))
+            radius, angle = uniforms[:half], uniforms[half:]
+            np.sqrt(-2.0 * np.log(radius, out=radius), out=radius)
+            angle *= 2.0 * np.pi
+            np.multiply(np.cos(angle), radius, out=block[:half])
+            np.multiply(np.sin(angle), radius, out=block[half:])
+        return normals[:count]
+
+    def bernoulli(self, count: int, rate: float) -> NDArray[np.bool_]:
+        """Return `count` independent draws that are true with probability `rate`: a Poisson sample of indices."""
+        return self.uniforms(count) < rate
+
+    def permutation(self, count: int) -> NDArray[np.int64]:
+        """Return a uniform permutation of range(count) (two of 64-bit sort keys are equal with negligible chance)."""
+        return np.argsort(self.words(count), kind="stable").astype(np.int64, copy=False)
+
+    def below(self, bound: int) -> int:
+        """Return one uniform integer in [0, bound), exactly, by rejection."""
+        if bound < 1:
+            raise ValueError("bound must be at least 1")
+        width = (bound.bit_length() + 7) // 8
+        limit = (256**width // bound) * bound
+        while True:
+            draw = int.from_bytes(self.bytes(width), "big")
+            if draw < limit:
+                return draw % bound

@@ -1,0 +1,285 @@
+"""The experiment file as one typed model: the only place that knows its keys.
+
+Every complaint is one sentence with key, value, mend, file and line, raised before any data is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from .core import toml
+from .core.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _OpenTable(_Table):
+    """A table whose other keys belong to the class that `name` stands for."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The keys that belong to the named class."""
+        return dict(self.model_extra or {})
+
+
+class RunTable(_Table):
+    """[experiment]"""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
+    rounds: Count = 10
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+
+
+class TaskTable(_OpenTable):
+    """[task]: `model` names the starting weights of a Flower ClientApp; the other keys are the task's own."""
+
+    name: str = ""
+    model: str | None = None
+
+
+class ClientsTable(_Table):
+    """[clients]"""
+
+    app: str | None = None
+    run_config: dict[str, bool | int | float | str] = {}
+    partitioner: str = "natural"
+    partitioner_options: dict[str, Any] = {}
+    count: Count | None = None
+    sampling: Literal["all", "fixed", "poisson"] = "all"
+    per_round: Count | None = None
+
+
+class TrainTable(_Table):
+    """[train]: what one client does in one round."""
+
+    model: str | None = None
+    epochs: Count = 1
+    batch_size: Count = 32
+    optimizer: Literal["sgd", "adam", "adagrad"] = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    l2: NotNegative = 0.0
+    personal: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    buffers: tuple[str, ...] | None = None
+    device: str = "auto"
+
+
+class StrategyTable(_OpenTable):
+    """[strategy]: the other keys are the strategy's own."""
+
+    name: str = "fedavg"
+
+
+class PrivacyTable(_Table):
+    """[privacy]"""
+
+    unit: Literal["none", "record", "client"] = "none"
+    epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    epsilon_budget: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    clipping_norm: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 1.0
+    randomness: Literal["secret", "seed"] = "secret"
+
+
+class SimulationTable(_Table):
+    """[simulation]"""
+
+    kernel: Literal["auto", "sequential"] = "auto"
+    curves: bool = True
+    baselines: bool | Literal["auto"] = "auto"
+
+
+class ServerTable(_Table):
+    """[server]"""
+
+    quorum: Share = 0.5
+    evaluate_every: Annotated[int, Field(ge=0, strict=True)] = 0
+    patience: Annotated[int, Field(ge=0, strict=True)] = 0
+    checkpoint_every: NotNegative = 10.0
+
+
+class Experiment(_Table):
+    """One experiment: what is learned, by whom, how, and under which guarantee."""
+
+    experiment: RunTable = RunTable()
+    task: TaskTable = TaskTable()
+    clients: ClientsTable = ClientsTable()
+    train: TrainTable = TrainTable()
+    strategy: StrategyTable = StrategyTable()
+    privacy: PrivacyTable = PrivacyTable()
+    simulation: SimulationTable = SimulationTable()
+    server: ServerTable = ServerTable()
+
+    _source: Path | None = PrivateAttr(default=None)
+    _folder: Path | None = PrivateAttr(default=None)
+    _text: str = PrivateAttr(default="")
+
+    @classmethod
+    def load(cls, path: str | Path, *, overrides: Iterable[str] = (), folder: Path | None = None) -> Self:
+        """Return the experiment of a TOML file; `overrides` are `table.key=value`.
+
+        `folder` is where dotted paths and data are looked for, by default the file's own. Raises InputError.
+        """
+        path = Path(path)
+        tables, text = toml.read(path)
+        return cls.of(tables, overrides=overrides, source=path, folder=folder or path.parent, text=text)
+
+    @classmethod
+    def of(
+        cls,
+        tables: Mapping[str, Any],
+        *,
+        overrides: Iterable[str] = (),
+        source: Path | None = None,
+        folder: Path | None = None,
+        text: str = "",
+    ) -> Self:
+        """Return the experiment of nested tables. Raises InputError."""
+        merged = {name: dict(table) if isinstance(table, Mapping) else table for name, table in tables.items()}
+        for override in overrides:
+            toml.apply_override(merged, *toml.parse_override(override))
+        try:
+            experiment = cls.model_validate(merged)
+        except ValidationError as error:
+            raise _first_complaint(error, source, text) from None
+        experiment._source, experiment._folder, experiment._text = source, folder, text
+        experiment._refuse_conflicts()
+        return experiment
+
+    @property
+    def source(self) -> Path | None:
+        """The file that the experiment came from."""
+        return self._source
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder in which dotted paths and data files are looked for first."""
+        return self._folder
+
+    def place(self, *path: str) -> str:
+        """Return where a key stands, as ` (heart.toml, line 14)`, to end a complaint with."""
+        return _place(self._source, self._text, path)
+
+    def to_toml(self) -> str:
+        """Return the whole experiment, defaults included, as TOML."""
+        return toml.write(self.model_dump(mode="json"))
+
+    def conflict(self, *path: str, why: str) -> InputError:
+        """Return the error for a key that does not go with another."""
+        value: Any = self
+        for part in path:
+            value = getattr(value, part)
+        return InputError("experiment-conflict", f"{'.'.join(path)} = {_shown(value)}: {why}{self.place(*path)}")
+
+    def _refuse_conflicts(self) -> None:
+        privacy, clients, server = self.privacy, self.clients, self.server
+        given = [name for name in ("epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
+        if len(given) == 2:
+            raise self.conflict("privacy", "noise_multiplier", why="goes without privacy.epsilon; drop one of the two")
+        if privacy.unit == "none" and given:
+            raise self.conflict("privacy", given[0], why='needs privacy.unit = "record"')
+        if privacy.unit != "none" and not given:
+            raise self.conflict("privacy", "unit", why="needs privacy.epsilon or privacy.noise_multiplier")
+        if privacy.epsilon_budget is not None and privacy.noise_multiplier is None:
+            raise self.conflict("privacy", "epsilon_budget", why="goes with privacy.noise_multiplier alone")
+        if clients.app and privacy.unit == "record":
+            raise self.conflict(
+                "clients", "app", why='bract cannot see the gradients of a Flower ClientApp; use privacy.unit = "none"'
+            )
+        if clients.app and not self.task.model:
+            raise self.conflict("clients", "app", why='needs task.model = "package.module:callable" to start from')
+        if clients.app and clients.count is None:
+            raise self.conflict("clients", "app", why="needs clients.count")
+        if self.task.model and not clients.app:
+            raise self.conflict("task", "model", why="goes with clients.app; train.model chooses among a task's models")
+        if clients.sampling != "all" and clients.per_round is None:
+            raise self.conflict("clients", "sampling", why="needs clients.per_round")
+        if clients.count is not None and clients.per_round is not None and clients.per_round > clients.count:
+            raise self.conflict("clients", "per_round", why=f"must be at most clients.count, {clients.count}")
+        if self.train.buffers and privacy.unit == "record":
+            raise self.conflict(
+                "train", "buffers", why="no mechanism covers a buffer, so under privacy none may leave; drop the key"
+            )
+        if self.train.momentum and self.train.optimizer != "sgd":
+            raise self.conflict("train", "momentum", why='goes with train.optimizer = "sgd"')
+        if server.patience and not server.evaluate_every:
+            raise self.conflict(
+                "server", "patience", why="needs server.evaluate_every, the rounds between two releases"
+            )
+
+
+def _first_complaint(error: ValidationError, source: Path | None, text: str) -> InputError:
+    # Unknown keys first: a misspelt key is the cause of what else is wrong.
+    found = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")[0]
+    # Union members add their own name to the location; keys of the file are what the model has.
+    path = tuple(str(part) for part in found["loc"][:2])
+    name, place = ".".join(path), _place(source, text, path)
+    if found["type"] == "extra_forbidden":
+        table = Experiment.model_fields.get(path[0])
+        fields = Experiment.model_fields if len(path) == 1 else table.annotation.model_fields  # type: ignore[union-attr]
+        near = get_close_matches(path[-1], fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
+        kind = "table" if len(path) == 1 else "key"
+        return InputError("experiment-key", f"{name}: unknown {kind}; {hint}{place}")
+    return InputError("experiment-value", f"{name} = {_shown(found['input'])}: {_demand(found)}{place}")
+
+
+def _demand(found: Any) -> str:
+    context = found.get("ctx", {})
+    match found["type"]:
+        case "greater_than":
+            return f"must be above {context['gt']:g}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']:g}"
+        case "less_than":
+            return f"must be below {context['lt']:g}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:g}"
+        case "finite_number":
+            return "must be a finite number"
+        case "literal_error":
+            return f"must be one of {context['expected']}"
+        case "string_pattern_mismatch":
+            return "must be letters, digits, dots, dashes and underscores"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "must be a table"
+        case "tuple_type":
+            return "must be a list"
+        case kind if kind.startswith(("int", "float", "bool", "string")):
+            kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a string"}
+            return f"must be {kinds[kind.split('_')[0]]}"
+        case _:
+            return str(found["msg"])
+
+
+def _place(source: Path | None, text: str, path: tuple[str, ...]) -> str:
+    if source is None:
+        return ""
+    line = toml.line_of(text, path)
+    return f" ({source.name}, line {line})" if line else f" ({source.name})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value}"

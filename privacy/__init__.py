@@ -1,0 +1,1 @@
+"""Guarantees: clipping, noise, DP-SGD, accounting, accounted releases, and what they promise in words."""

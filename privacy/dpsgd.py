@@ -1,0 +1,170 @@
+"""DP-SGD (Abadi et al. 2016) on Opacus' per-example gradients, with bract's own sampler, denominator and noise.
+
+Opacus rounds the sampling rate and draws noise from torch's global generator; here batches and noise come from a
+`Stream`, and every constant from one `RecordLevelPlan`, which the accountant reads too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from ..core.errors import RunError
+from ..core.keys import Stream
+from .mechanism import RecordLevelPlan
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_MARGIN = 1e-5
+"""Norms are float32: a norm that rounding made too small must not let a gradient be longer than the clipping norm."""
+
+
+def poisson_batches(plan: RecordLevelPlan, stream: Stream) -> Iterator[Tensor]:
+    """Yield one round's batches, int64 indices: each record in each batch independently with plan.sampling_rate.
+
+    A batch may be empty; it is a step like any other.
+    """
+    for _ in range(plan.steps_per_round):
+        yield torch.from_numpy(stream.bernoulli(plan.records, plan.sampling_rate).nonzero()[0])
+
+
+class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' DPOptimizer with noise from a stream, a fixed denominator, and bad examples counted as zero.
+
+    Formal guarantee: one example changes the clipped sum by at most the clipping norm, whatever its gradient is
+    (NaN, infinite, huge); N(0, noise_deviation²) is added to every coordinate of the sum.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, plan: RecordLevelPlan, noise: Stream) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.clipping_norm,
+            expected_batch_size=plan.expected_batch,
+        )
+        self._noise = noise
+        self._deviation = plan.noise_deviation
+        self._parameters = list(self.params)
+        self.examples = 0
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """Set every gradient to (Σ clip(g_i) + noise) / expected batch."""
+        self.clip_and_accumulate()
+        self.add_noise()
+        self.scale_grad()
+        return True
+
+    def clip_and_accumulate(self) -> None:
+        """Set `summed_grad` to the sum of the clipped per-example gradients; zero where there is none.
+
+        Raises RunError if some gradient has another number of rows than the batch has examples.
+        """
+        samples = [self._rows(p) for p in self._parameters]
+        there = [sample for sample in samples if sample is not None]
+        factors = _clip_factors(there, self.max_grad_norm) if there else None
+        for p, sample in zip(self._parameters, samples, strict=True):
+            if sample is None or factors is None:
+                p.summed_grad = torch.zeros_like(p)
+            else:
+                # A bad example has the factor 0, but 0 · NaN is NaN.
+                finite = sample.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                p.summed_grad = (factors @ finite).view_as(p).to(p.dtype)
+
+    def _rows(self, p: nn.Parameter) -> Tensor | None:
+        if self.examples == 0 or p.grad_sample is None:  # type: ignore[attr-defined]
+            return None
+        sample: Tensor = self._get_flat_grad_sample(p)
+        if len(sample) != self.examples:
+            raise RunError(
+                "model-not-private",
+                f"train.model: a layer sees {len(sample)} rows for {self.examples} examples, so a record's gradient "
+                "cannot be told from the others'; keep the examples in the first dimension of every layer's input",
+            )
+        return sample.reshape(len(sample), -1).float()
+
+    def add_noise(self) -> None:
+        """Set `grad` to the clipped sum plus noise: one draw from the stream over all parameters."""
+        count = sum(p.numel() for p in self._parameters)
+        normals = torch.from_numpy(self._noise.normals(count)) if self._deviation else torch.zeros(count)
+        first = 0
+        for p in self._parameters:
+            part = normals[first : first + p.numel()].view_as(p) * self._deviation
+            p.grad = p.summed_grad + part.to(p.dtype).to(p.device)
+            first += p.numel()
+
+    def scale_grad(self) -> None:
+        """Divide by the expected batch, never by the number of examples drawn."""
+        for p in self._parameters:
+            p.grad.div_(self.expected_batch_size)
+
+
+class DPSGD:
+    """One round's DP-SGD on a module, as a context manager; on leaving it the module is as Opacus never was there.
+
+    `optimizer` works on the noised gradient, so momentum and L2 are post-processing. `noise` is this round's own
+    stream. The module must be one that `privacy.layers.make_private` returned.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, plan: RecordLevelPlan, noise: Stream
+    ) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._plan = plan
+        self._noise = noise
+
+    def __enter__(self) -> Self:
+        self._was_training = self._module.training
+        self._module.train()
+        try:
+            self._wrapped = GradSampleModule(self._module, loss_reduction="sum", strict=True)
+        except NotImplementedError as error:
+            raise RunError("model-not-private", f"train.model: {str(error).splitlines()[0]}") from error
+        self._private = StreamOptimizer(self._optimizer, plan=self._plan, noise=self._noise)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._private.zero_grad(set_to_none=True)
+        self._wrapped.to_standard_module()
+        for p in self._module.parameters():
+            p.grad = None
+            # Opacus leaves this one behind: a clipped sum without noise.
+            p.__dict__.pop("summed_grad", None)
+        for module in self._module.modules():
+            module.__dict__.pop("activations", None)
+            module.__dict__.pop("max_batch_len", None)
+        self._module.train(self._was_training)
+
+    def step(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
+        """Take one step on a Poisson batch, inputs [n, ...] and targets [n], with loss(outputs, targets) -> [n]."""
+        self._private.zero_grad(set_to_none=True)
+        self._private.examples = len(inputs)
+        if len(inputs):
+            losses = loss(self._wrapped(inputs), targets)
+            if losses.shape != (len(inputs),):
+                raise RunError(
+                    "plugin-invalid",
+                    f"task.loss returned the shape {list(losses.shape)} for {len(inputs)} examples; give one loss each",
+                )
+            with warnings.catch_warnings():
+                # The inputs are data: that they have no gradient is as it should be.
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                losses.sum().backward()
+        self._private.step()
+
+
+def _clip_factors(samples: list[Tensor], clipping_norm: float) -> Tensor:
+    """Return the factor [n] of each example, from its gradients [n, size of a parameter]: 0 if one is not finite."""
+    norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in samples], dim=1)
+    norm = torch.linalg.vector_norm(norms, dim=1)
+    factor = (clipping_norm / (norm * (1 + _MARGIN))).clamp(max=1.0)
+    return torch.where(torch.isfinite(norm), factor, torch.zeros_like(factor))

@@ -1,0 +1,132 @@
+"""The mechanism of record-level DP-SGD as one frozen object: sampler, clipping, noise and accounting cannot disagree.
+
+g = (Σ clip(g_i, C) + N(0, z²C²)) / (q·n) over a Poisson sample of rate q = min(1, B / n) (Abadi et al. 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from . import accounting
+from .accounting import Relation
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordLevelPlan:
+    """What one site does in a whole run; `noise_multiplier` 0 gives no privacy (epsilon is infinite).
+
+    Formal guarantee: after r rounds the noised sums are (epsilon(r), delta)-DP towards whoever sees all of them, for
+    neighbours that differ in one record replaced by one without any contribution (zero-out, `records` public), given
+    that batches and noise are secret and drawn as `privacy.dpsgd` draws them from this plan.
+    """
+
+    records: int
+    batch_size: int
+    epochs: int
+    rounds: int
+    clipping_norm: float
+    noise_multiplier: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        _check_count("records", self.records)
+        _check_count("batch_size", self.batch_size)
+        _check_count("epochs", self.epochs)
+        _check_count("rounds", self.rounds)
+        _check_positive("clipping_norm", self.clipping_norm)
+        _check_not_negative("noise_multiplier", self.noise_multiplier)
+        _check_probability("delta", self.delta)
+
+    @classmethod
+    def calibrate(
+        cls,
+        *,
+        epsilon: float,
+        records: int,
+        batch_size: int,
+        epochs: int,
+        rounds: int,
+        clipping_norm: float,
+        delta: float,
+    ) -> Self:
+        """Return the plan with the least noise that keeps the zero-out epsilon of all rounds within `epsilon`."""
+        silent = cls(
+            records=records,
+            batch_size=batch_size,
+            epochs=epochs,
+            rounds=rounds,
+            clipping_norm=clipping_norm,
+            noise_multiplier=0.0,
+            delta=delta,
+        )
+        noise_multiplier = accounting.noise_multiplier(
+            sampling_rate=silent.sampling_rate, steps=silent.steps(), epsilon=epsilon, delta=delta
+        )
+        return replace(silent, noise_multiplier=noise_multiplier)
+
+    @property
+    def sampling_rate(self) -> float:
+        """Probability q with which each record is in a step's batch, independently of all others."""
+        return min(1.0, self.batch_size / self.records)
+
+    @property
+    def steps_per_round(self) -> int:
+        """Return epochs · ceil(1 / q), in whole numbers: ceil of a float quotient may be one too many."""
+        return self.epochs * max(1, -(-self.records // self.batch_size))
+
+    @property
+    def expected_batch(self) -> float:
+        """The fixed denominator q · records of every step, whatever the batch held."""
+        return self.sampling_rate * self.records
+
+    @property
+    def noise_deviation(self) -> float:
+        """Standard deviation of the noise on each coordinate of a step's clipped sum."""
+        return self.noise_multiplier * self.clipping_norm
+
+    def steps(self, rounds: int | None = None) -> int:
+        """Return the number of steps of so many rounds (of the whole run by default)."""
+        return self.steps_per_round * (self.rounds if rounds is None else rounds)
+
+    def event(self, rounds: int | None = None) -> DpEvent:
+        """Return what dp-accounting needs to know of so many rounds (of the whole run by default)."""
+        from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+
+        step = PoissonSampledDpEvent(self.sampling_rate, GaussianDpEvent(self.noise_multiplier))
+        return SelfComposedDpEvent(step, self.steps(rounds))
+
+    def epsilon(self, rounds: int | None = None, *, relation: Relation = "zero-out") -> float:
+        """Return epsilon after so many rounds (the whole run by default); 0 after none, infinite without noise."""
+        return accounting.epsilon(
+            sampling_rate=self.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+            steps=self.steps(rounds),
+            delta=self.delta,
+            relation=relation,
+            interval=accounting.SHOWN,
+        )
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} = {value}: must be a whole number, at least 1")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} = {value}: must be finite and above 0")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} = {value}: must be finite and at least 0")
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} = {value}: must lie between 0 and 1")

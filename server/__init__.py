@@ -1,0 +1,1 @@
+"""The coordinator: round loop, the Grid that it drives, run directory, resume."""

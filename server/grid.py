@@ -1,0 +1,123 @@
+"""RoundGrid: Flower's Grid with `exchange`, which hands over replies as they arrive or only their folded total."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from ..core import flower
+from ..core.errors import BractError
+from ..strategies.fold import Fold, Total
+
+if TYPE_CHECKING:
+    from flwr.supercore.typing import Run  # type: ignore[attr-defined]
+
+
+class Exchange(Iterator[Message]):
+    """The replies to one batch of messages, in the order in which they arrive.
+
+    With a fold, each reply is added to `total` and yielded without its arrays, so that nothing holds all updates;
+    a reply that the fold refuses is yielded as an error. `until` ends the exchange after that many good replies.
+    """
+
+    def __init__(
+        self, replies: Iterable[tuple[Message, Message]], *, fold: Fold | None = None, until: int | None = None
+    ) -> None:
+        self.total: Total | None = fold.start() if fold else None
+        self._fold = fold
+        self._until = until
+        self._good = 0
+        self._pairs = iter(replies)
+
+    def __next__(self) -> Message:
+        if self._until is not None and self._good >= self._until:
+            raise StopIteration
+        instruction, reply = next(self._pairs)
+        if reply.has_error():
+            return reply
+        if self._fold is not None and self.total is not None:
+            try:
+                self._fold.add(self.total, reply.content)
+            except BractError as error:
+                return flower.error_reply(instruction, error.code, error.sentence)
+            reply.content = flower.without_arrays(reply.content)
+        self._good += 1
+        return reply
+
+
+class RoundGrid(Grid):
+    """A Grid whose one primitive is `exchange`; what Flower's Grid has follows from it."""
+
+    @abstractmethod
+    def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
+        """Send messages and return their replies as they arrive, folded if `fold` is given."""
+
+    @abstractmethod
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the node ids of the clients that are there."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and return all replies."""
+        return list(self.exchange(messages))
+
+    def set_run(self, run: Run) -> None:
+        """Take note of the run: a RoundGrid serves one run, which the process already knows."""
+
+    @property
+    def run(self) -> Run:
+        """The run: kept by the run directory, not by the grid."""
+        raise AttributeError("a RoundGrid has no Flower run record; the run directory describes the run")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages and keep their replies for `pull_messages`; return the messages' ids."""
+        messages = list(messages)
+        for message in messages:
+            flower.set_message_id(message, f"{random.getrandbits(128):032x}")
+        pushed: dict[str, Message] = self.__dict__.setdefault("_pushed", {})
+        pushed.update((reply.metadata.reply_to_message_id, reply) for reply in self.exchange(messages))
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have arrived for these ids, each once."""
+        pushed: dict[str, Message] = self.__dict__.setdefault("_pushed", {})
+        return [pushed.pop(message_id) for message_id in message_ids if message_id in pushed]
+
+
+class FlowerGrid(RoundGrid):
+    """Any other Grid with `exchange`: the replies arrive all at once."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
+        by_node = {message.metadata.dst_node_id: message for message in messages}
+        replies = self._grid.send_and_receive(by_node.values())
+        return Exchange(((by_node[reply.metadata.src_node_id], reply) for reply in replies), fold=fold, until=until)
+
+
+class CohortGrid(RoundGrid):
+    """A view of a grid that shows one round's cohort, so that any strategy trains exactly these clients."""
+
+    def __init__(self, grid: RoundGrid, cohort: Sequence[int]) -> None:
+        self._grid = grid
+        self._cohort = list(cohort)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._cohort)
+
+    def exchange(self, messages: Iterable[Message], **options: Any) -> Exchange:
+        return self._grid.exchange(messages, **options)

@@ -1,0 +1,139 @@
+"""The run directory: what a run leaves for people and programs, and in `private/` what voids its guarantee if shared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from ..core.errors import InputError, RunError
+from ..core.keys import Key
+from ..core.parameters import Arrays
+from ..experiment import Experiment
+from .checkpoint import write_atomically
+
+
+class RunDirectory:
+    """One run's folder. Writing raises RunError `run-unwritable` with the file's name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, experiment: Experiment, *, out: Path | None = None) -> RunDirectory:
+        """Make the folder, its private part (0700), its secret key (0600) and the resolved experiment."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        path = out or _unused(Path("runs") / f"{stamp}-{experiment.experiment.name}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise InputError(
+                    "run-exists", f"{path}: is not empty; choose another --out, or go on with it by --resume"
+                )
+            (path / "checkpoint").mkdir(mode=0o700)
+            (path / "private").mkdir(mode=0o700)
+            (path / "plots").mkdir()
+        except OSError as error:
+            raise InputError("run-unwritable", f"{path}: cannot be made ({error.strerror})") from error
+        run = cls(path)
+        run.write("private/key", Key.fresh().secret.hex() + "\n", mode=0o600)
+        run.write("experiment.toml", experiment.to_toml())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Return an existing run; raises InputError `run-missing`."""
+        run = cls(path)
+        if not (path / "manifest.json").is_file():
+            raise InputError("run-missing", f"{path}: there is no run of bract here (no manifest.json)")
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints (0700: a client's personal tensors are in them)."""
+        return self.path / "checkpoint"
+
+    def key(self) -> Key:
+        """Return the run's secret key."""
+        try:
+            return Key(bytes.fromhex((self.path / "private" / "key").read_text()))
+        except (OSError, ValueError) as error:
+            raise RunError("run-unreadable", f"{self.path}/private/key: without its key a run cannot go on") from error
+
+    def write(self, name: str, text: str, *, mode: int | None = None) -> None:
+        """Write a text file whole; what lies in `private/` is readable by its owner alone."""
+        default = 0o600 if name.startswith("private/") else 0o644
+        write_atomically(self.path / name, text.encode(), mode=mode or default)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file whole."""
+        self.write(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's object; raises RunError `run-unreadable`."""
+        try:
+            return dict(json.loads((self.path / name).read_text()))
+        except (OSError, ValueError) as error:
+            raise RunError("run-unreadable", f"{self.path / name}: missing or damaged") from error
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append one JSON line."""
+        mode = 0o600 if name.startswith("private/") else 0o644
+        try:
+            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError("run-unwritable", f"{self.path / name}: cannot be written ({error.strerror})") from error
+
+    def log(self, name: str, text: str) -> None:
+        """Append text to a log in `private/`."""
+        path = self.path / "private" / name
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
+            file.write(text.rstrip("\n") + "\n")
+
+    def forget_after(self, name: str, round: int) -> None:
+        """Drop the lines of rounds after a checkpoint's: they will be written again."""
+        path = self.path / name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["round"] <= round:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the last line, cut by a kill
+        self.write(name, "".join(f"{line}\n" for line in kept))
+
+    def save_model(self, tensors: Arrays) -> str:
+        """Write model.safetensors and return the file's SHA-256 in hexadecimal."""
+        content = save_tensors({name: np.array(array, order="C") for name, array in sorted(tensors.items())})
+        write_atomically(self.path / "model.safetensors", content)
+        return hashlib.sha256(content).hexdigest()
+
+    def load_model(self) -> dict[str, NDArray[np.generic]]:
+        """Return the tensors of model.safetensors; raises InputError `run-missing`."""
+        path = self.path / "model.safetensors"
+        if not path.is_file():
+            raise InputError("run-missing", f"{path}: this run has left no model yet")
+        try:
+            return load_tensors(path.read_bytes())
+        except Exception as error:  # safetensors raises an exception of its own, and KeyError for an unknown type
+            raise RunError("run-unreadable", f"{path}: this model file is damaged") from error
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate

@@ -1,0 +1,1 @@
+"""Many virtual clients on this machine."""

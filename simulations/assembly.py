@@ -1,0 +1,114 @@
+"""Everything that a run is made of, put together before the first round, and checked when a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import InputError
+from ..core.keys import Key
+from ..core.parameters import digest
+from ..experiment import Experiment
+from ..server.events import Listener
+from ..server.manifest import manifest, refuse_other_software
+from ..server.run_directory import RunDirectory
+from ..tasks.task import SiteData, Task
+from .accounts import Accounts
+from .federation import Federation, flower_federation, virtual_federation
+from .plan import Plan, load_clients, make_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A run's parts. `task` is None, and `data` empty, where a Flower ClientApp brings its own."""
+
+    experiment: Experiment
+    directory: RunDirectory
+    task: Task | None
+    data: Mapping[str, SiteData]
+    plan: Plan
+    accounts: Accounts
+    federation: Federation
+    key: Key
+
+
+def assemble(
+    experiment: Experiment, task: Task | None, *, existing: RunDirectory | None, out: Path | None, emit: Listener
+) -> Assembly:
+    """Load data, make or reopen the run directory, calibrate noise, and build the virtual clients.
+
+    A reopened run must find data, initial model and software as they were: its noise is drawn again, and the same
+    noise over other gradients would reveal their difference. Raises InputError.
+    """
+    data = load_clients(experiment, task) if task else {}
+    directory = existing or RunDirectory.create(experiment, out=out)
+    secret = experiment.privacy.randomness == "secret"
+    key = directory.key() if secret else Key.from_seed(experiment.experiment.seed)
+    counts = {name: len(site.train) for name, site in data.items()}
+    plan = make_plan(experiment, counts, len(task.classes) if task else 2, emit)
+
+    def log(text: str) -> None:
+        directory.log("clients.log", text)
+
+    if task is None:
+        federation = flower_federation(experiment, log=log)
+    else:
+        federation = virtual_federation(experiment, task, data, plan, key=key, log=log)
+    assembly = Assembly(
+        experiment=experiment,
+        directory=directory,
+        task=task,
+        data=data,
+        plan=plan,
+        accounts=Accounts(plan.mechanisms, epsilon_budget=experiment.privacy.epsilon_budget),
+        federation=federation,
+        key=key,
+    )
+    _describe(assembly, resumed=existing is not None)
+    return assembly
+
+
+def _describe(assembly: Assembly, *, resumed: bool) -> None:
+    """Write what the run is made of; a resumed run must be made of the same."""
+    directory, experiment, federation = assembly.directory, assembly.experiment, assembly.federation
+    description = manifest(
+        experiment,
+        kernel="sequential",
+        device=federation.device,
+        parameters=sum(array.size for array in federation.initial.values()),
+        clients=len(federation.grid.names),
+        classes=assembly.task.classes if assembly.task else (),
+        sites=assembly.data,
+        mechanisms=assembly.plan.mechanisms,
+    )
+    origin = {
+        "folder": str((experiment.folder or Path()).resolve()),
+        # A digest of private data would let a guess of the data be checked, so it stays in private/.
+        "data": digest(_tensors(assembly.data)),
+        "initial model": digest(federation.initial),
+    }
+    if not resumed:
+        directory.write_json("private/origin.json", origin)
+        directory.write_json("manifest.json", description)
+        return
+    refuse_other_software(directory.read_json("manifest.json"), description)
+    before = directory.read_json("private/origin.json")
+    for part in ("data", "initial model"):
+        if before.get(part) != origin[part]:
+            raise InputError(
+                "run-changed",
+                f"{directory.path}: the {part} changed since the run began; restore what it was, or start a new run",
+            )
+
+
+def _tensors(data: Mapping[str, SiteData]) -> dict[str, NDArray[np.generic]]:
+    return {
+        f"{name}/{part}/{kind}": getattr(getattr(site, part), kind).numpy()
+        for name, site in data.items()
+        for part in ("train", "test")
+        for kind in ("inputs", "targets")
+    }

@@ -1,0 +1,144 @@
+"""Exact figures that only a simulation can compute: curves by round, and models that nobody would release.
+
+None of it passes the gate or is accounted for: it is the experimenter's, lies in `private/`, is marked wherever it is
+shown, and stands in the guarantee's `excludes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from flwr.serverapp.strategy import Strategy
+
+from ..clients import sequential
+from ..clients.local_model import LocalModel
+from ..core.keys import Key
+from ..core.parameters import Arrays
+from ..experiment import Experiment
+from ..server.cohort import CohortSampler
+from ..server.events import Listener, Phase, PhaseAdvanced
+from ..server.rounds import Progress, RoundLoop, Rules
+from ..tasks.task import Examples, SiteData, Task
+from .accounts import Accounts
+from .federation import Federation, virtual_federation
+from .plan import make_plan
+
+# With more sites a table of lone models is no longer read, and costs a run each.
+MOST_SITES = 10
+
+
+def scores(local: LocalModel, task: Task, arrays: Arrays, examples: Examples) -> dict[str, float | None]:
+    """Return the task's metrics on examples, exactly, and the mean `loss`; None for what they do not support."""
+    local.load(arrays)
+    probabilities = sequential.predict(local, task.probabilities, examples.inputs)
+    result: dict[str, float | None] = {}
+    for name, metric in task.metrics().items():
+        supported = len(examples) > 0 and (name != "auc" or len(examples.targets.unique()) > 1)
+        if supported:
+            metric.update(probabilities, examples.targets)
+        result[name] = float(metric.compute()) if supported else None
+    if len(examples):
+        chosen = probabilities[torch.arange(len(examples)), examples.targets]
+        result["loss"] = float(-chosen.clamp_min(1e-12).log().mean())
+    return result
+
+
+class Curves:
+    """Metrics of the model after each round on all sites' test records, and on each site's while they are few."""
+
+    def __init__(self, federation: Federation, task: Task, data: Mapping[str, SiteData]) -> None:
+        self._federation, self._task = federation, task
+        self._sites = dict(data) if len(data) <= MOST_SITES else {}
+        self._all = pooled(data)
+
+    def line(self, round: int, arrays: Arrays) -> dict[str, Any]:
+        """Return the line of private/curves.jsonl for a round's model."""
+        local = self._federation.local
+        assert local is not None
+        line: dict[str, Any] = {"round": round, **scores(local, self._task, arrays, self._all)}
+        if self._sites:
+            line["sites"] = {name: scores(local, self._task, arrays, site.test) for name, site in self._sites.items()}
+        return line
+
+
+def compare(
+    experiment: Experiment,
+    task: Task,
+    data: Mapping[str, SiteData],
+    federation: Federation,
+    arrays: Arrays,
+    *,
+    make_strategy: Callable[[], Strategy],
+    label: str,
+    key: Key,
+    emit: Listener,
+) -> dict[str, Any]:
+    """Return private/comparison.json: this model, one without privacy, and each site's lone model, on every site.
+
+    A lone model is trained without privacy, as a site needs none towards itself.
+    """
+    everything = pooled(data)
+
+    def row(model: str, kind: str, of: Federation, arrays: Arrays) -> dict[str, Any]:
+        local = of.local
+        assert local is not None
+        return {
+            "model": model,
+            "kind": kind,
+            "sites": {name: scores(local, task, arrays, site.test) for name, site in data.items()},
+            "all": scores(local, task, arrays, everything),
+        }
+
+    emit(Phase(name="comparison", total=len(data) + 1))
+    rows = [row(label, "federated", federation, arrays)]
+    plain = experiment.model_copy(
+        update={
+            "privacy": experiment.privacy.model_copy(update={"unit": "none", "epsilon": None, "noise_multiplier": None})
+        }
+    )
+    if experiment.privacy.unit != "none":
+        trained = _trained(plain, task, data, make_strategy, key.child("open"))
+        rows.append(row("federated, without privacy", "reference", *trained))
+        emit(PhaseAdvanced(name="comparison"))
+    for name, site in data.items():
+        trained = _trained(plain, task, {name: site}, make_strategy, key.child("lone", name))
+        rows.append(row(f"{name} alone", "lone", *trained))
+        emit(PhaseAdvanced(name="comparison"))
+    return {"sites": list(data), "rows": rows}
+
+
+def pooled(data: Mapping[str, SiteData]) -> Examples:
+    """Return all sites' test records as one."""
+    tests = [site.test for site in data.values()]
+    return Examples(torch.cat([test.inputs for test in tests]), torch.cat([test.targets for test in tests]))
+
+
+def _trained(
+    experiment: Experiment,
+    task: Task,
+    data: Mapping[str, SiteData],
+    make_strategy: Callable[[], Strategy],
+    key: Key,
+) -> tuple[Federation, Arrays]:
+    """Train without privacy for as many rounds, all clients in each, and return federation and model."""
+    planned = make_plan(experiment, {name: len(site.train) for name, site in data.items()}, len(task.classes), _silent)
+    federation = virtual_federation(experiment, task, data, planned, key=key, log=_silent)
+    loop = RoundLoop(
+        strategy=make_strategy(),
+        grid=federation.grid,
+        clients=federation.grid.names,
+        sampler=CohortSampler(sampling="all", per_round=None, key=key),
+        budget=Accounts({}),
+        rules=Rules(rounds=experiment.experiment.rounds, quorum=0.0),
+        evaluation=None,
+        emit=_silent,
+    )
+    progress = Progress(round=0, arrays=dict(federation.initial))
+    loop.run(progress)
+    return federation, progress.arrays
+
+
+def _silent(said: object) -> None:
+    """Listen to nothing: these runs are no part of the run that is shown."""

@@ -1,0 +1,109 @@
+"""A federation of virtual clients: task, sites, resident model and grid, put together from an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+from torch import nn
+
+from ..clients.app import Site, client_app
+from ..clients.gate import Gate
+from ..clients.local_model import LocalModel, build_module
+from ..clients.training import LocalTraining, choose_device
+from ..core.errors import InputError
+from ..core.keys import Key
+from ..core.plugins import resolve
+from ..experiment import Experiment
+from ..privacy.release import EvaluationPlan
+from ..server.trained_model import make_module
+from ..tasks.partition import client_names
+from ..tasks.task import SiteData, Task
+from .grid import VirtualGrid
+from .plan import Plan
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """What a round loop runs on.
+
+    `module` puts shared tensors into the resident module. `evaluation` is None where the clients' own app evaluates.
+    """
+
+    grid: VirtualGrid
+    initial: Arrays
+    module: Callable[[Arrays], nn.Module]
+    device: str = "cpu"
+    evaluation: EvaluationPlan | None = None
+    local: LocalModel | None = None
+    notes: tuple[str, ...] = ()
+
+
+def virtual_federation(
+    experiment: Experiment,
+    task: Task,
+    data: Mapping[str, SiteData],
+    plan: Plan,
+    *,
+    key: Key,
+    log: Callable[[str], None],
+) -> Federation:
+    """Return the federation of bract's own clients over a task's data."""
+    private = experiment.privacy.unit != "none"
+    training = LocalTraining.of(experiment.train, private=private)
+    module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
+    model = LocalModel(module, training, device=choose_device(experiment.train.device))
+    sites = {
+        name: Site(
+            name=name,
+            data=site,
+            key=key.child("site", name),
+            plan=plan.mechanisms.get(name),
+            evaluation=plan.evaluation,
+        )
+        for name, site in data.items()
+    }
+    gate = Gate(layout=model.layout, withhold_counts=private)
+
+    def loaded(arrays: Arrays) -> nn.Module:
+        model.load(arrays)
+        return model.module
+
+    return Federation(
+        grid=VirtualGrid(client_app(sites, task, training, model, gate), list(sites), log=log),
+        initial=model.shared_arrays(),
+        module=loaded,
+        device=str(model.device),
+        evaluation=plan.evaluation,
+        local=model,
+        notes=tuple(notes),
+    )
+
+
+def flower_federation(experiment: Experiment, *, log: Callable[[str], None]) -> Federation:
+    """Return the federation of a Flower ClientApp's clients; the app brings its own data and its own metrics."""
+    clients, folder = experiment.clients, experiment.folder
+    app = resolve(str(clients.app), folder=folder, key="clients.app")
+    if not isinstance(app, ClientApp):
+        raise InputError(
+            "plugin-invalid",
+            f'clients.app = "{clients.app}": is a {type(app).__name__}, not a flwr.clientapp.ClientApp'
+            f"{experiment.place('clients', 'app')}",
+        )
+    module = make_module(experiment)
+
+    def loaded(arrays: Arrays) -> nn.Module:
+        module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+        return module
+
+    count = clients.count or 1
+    grid = VirtualGrid(app, client_names(count), log=log, isolate=True, run_config=clients.run_config)
+    # A Flower app sends and expects the whole state_dict.
+    initial: Arrays = {name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
+    return Federation(grid=grid, initial=initial, module=loaded)

@@ -1,0 +1,110 @@
+"""The plan of a run, fixed before anything is trained: whose data, under which mechanisms, for which guarantee."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import InputError
+from ..experiment import Experiment
+from ..privacy.guarantee import Guarantee, no_privacy, record_level
+from ..privacy.mechanism import RecordLevelPlan
+from ..privacy.release import EvaluationPlan
+from ..server.events import Listener, Phase, PhaseAdvanced
+from ..tasks.partition import partition
+from ..tasks.task import SiteData, Task
+
+CALIBRATION = "calibrating noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The mechanisms of a run, by client; without privacy there are none, and metrics are exact."""
+
+    mechanisms: Mapping[str, RecordLevelPlan]
+    evaluation: EvaluationPlan
+
+    def guarantee(self, experiment: Experiment, rounds: Mapping[str, int] | None = None) -> Guarantee:
+        """Return the guarantee of clients that each trained so many rounds, by default all that are planned."""
+        randomness = experiment.privacy.randomness
+        if not self.mechanisms:
+            return no_privacy(randomness=randomness)
+        unaccounted = []
+        if experiment.simulation.curves:
+            unaccounted.append(
+                "the curves by round, which are exact (in private/, and in report.html under their heading)"
+            )
+        if experiment.simulation.baselines:
+            unaccounted.append("the comparison with other models, which is exact (likewise)")
+        return record_level(
+            self.mechanisms,
+            rounds or {name: mechanism.rounds for name, mechanism in self.mechanisms.items()},
+            self.evaluation,
+            randomness=randomness,
+            excludes_extra=unaccounted,
+        )
+
+
+def load_clients(experiment: Experiment, task: Task) -> dict[str, SiteData]:
+    """Return the data of every virtual client, by name; raises InputError."""
+    data = experiment.task.own.get("data")
+    path = None if data is None else (experiment.folder or Path()) / str(data)
+    clients = partition(
+        task.partitions(path),
+        partitioner=experiment.clients.partitioner,
+        count=experiment.clients.count,
+        seed=experiment.experiment.seed,
+        options=experiment.clients.partitioner_options,
+    )
+    per_round = experiment.clients.per_round
+    if per_round is not None and per_round > len(clients):
+        raise experiment.conflict("clients", "per_round", why=f"there are only {len(clients)} clients")
+    return clients
+
+
+def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, emit: Listener) -> Plan:
+    """Return the mechanisms for clients with these numbers of training records, the noise calibrated."""
+    privacy, train, run = experiment.privacy, experiment.train, experiment.experiment
+    releases = planned_releases(run.rounds, experiment.server.evaluate_every)
+    if privacy.unit == "none":
+        return Plan(mechanisms={}, evaluation=EvaluationPlan(epsilon=None, releases=releases, classes=classes))
+    emit(Phase(name=CALIBRATION, total=len(records)))
+    mechanisms = {}
+    for name, count in records.items():
+        known: dict[str, Any] = {
+            "records": count,
+            "batch_size": train.batch_size,
+            "epochs": train.epochs,
+            "rounds": run.rounds,
+            "clipping_norm": privacy.clipping_norm,
+            "delta": privacy.delta,
+        }
+        if privacy.epsilon is not None:
+            mechanisms[name] = RecordLevelPlan.calibrate(epsilon=privacy.epsilon, **known)
+        else:
+            mechanisms[name] = RecordLevelPlan(noise_multiplier=privacy.noise_multiplier or 0.0, **known)
+        emit(PhaseAdvanced(name=CALIBRATION))
+    # Test records are other records than those trained on, so they may spend as much.
+    target = privacy.epsilon or privacy.epsilon_budget or max(each.epsilon() for each in set(mechanisms.values()))
+    return Plan(mechanisms=mechanisms, evaluation=EvaluationPlan(epsilon=target, releases=releases, classes=classes))
+
+
+def planned_releases(rounds: int, evaluate_every: int) -> int:
+    """Return how often metrics are released at most: every so many rounds, and at the end."""
+    return -(-rounds // evaluate_every) if evaluate_every else 1
+
+
+def refuse_what_is_not_offered(experiment: Experiment, strategy: object) -> None:
+    """Raise InputError for a combination that only the strategy's class decides."""
+    if experiment.privacy.unit != "client":
+        return
+    if not hasattr(strategy, "fold"):
+        raise experiment.conflict(
+            "privacy", "unit", why=f"noise on a sum needs a linear strategy, which {type(strategy).__name__} is not"
+        )
+    raise InputError(
+        "experiment-value",
+        f'privacy.unit = "client": this version protects records; use "record"{experiment.place("privacy", "unit")}',
+    )

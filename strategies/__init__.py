@@ -1,0 +1,1 @@
+"""Aggregation rules: server half and client half of each in one file."""

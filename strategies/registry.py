@@ -1,0 +1,96 @@
+"""Strategies by name, by dotted path, or from an installed package's entry point group `bract.strategies`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import InputError
+from ..core.plugins import construct, declared, resolve
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
+
+GROUP = "bract.strategies"
+BUILT_IN = {"fedavg": ("bract.strategies.fedavg:FedAvg", "mean of the clients' models (McMahan et al. 2017)")}
+
+# Flower's strategies draw a cohort of their own. The round loop already drew it and shows nobody else, so they must
+# take every node that they see, one being enough.
+_TAKE_ALL = {
+    "fraction_train": 1.0,
+    "min_train_nodes": 1,
+    "fraction_evaluate": 1.0,
+    "min_evaluate_nodes": 1,
+    "min_available_nodes": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyInfo:
+    """One line of `bract strategies`."""
+
+    name: str
+    summary: str
+    origin: str
+
+
+def available_strategies() -> list[StrategyInfo]:
+    """Return the strategies that are installed, plug-ins included, without importing any."""
+    built_in = [StrategyInfo(name=name, summary=text, origin="bract") for name, (_, text) in BUILT_IN.items()]
+    plug_ins = [
+        StrategyInfo(name=name, summary=point.value, origin=point.dist.name if point.dist else "plug-in")
+        for name, point in declared(GROUP).items()
+    ]
+    return built_in + plug_ins
+
+
+def load_strategy(name: str, own: Mapping[str, Any], *, folder: Path | None = None, place: str = "") -> Strategy:
+    """Return the strategy of [strategy]; raises InputError that names strategy.KEY.
+
+    A strategy by dotted path takes whole cohorts: its own sampling arguments, where it has them, are set so.
+    """
+    factory = _find(name, folder, place)
+    keywords = dict(own)
+    if inspect.isclass(factory) and factory.__module__.startswith("flwr."):
+        takes = _parameters(factory)
+        for key in keywords:
+            if key in _TAKE_ALL:
+                raise InputError(
+                    "experiment-key", f"strategy.{key}: the cohort is drawn by [clients]; use clients.per_round{place}"
+                )
+        keywords |= {key: value for key, value in _TAKE_ALL.items() if key in takes}
+    strategy = construct(factory, keywords, table="strategy", place=place)
+    missing = [
+        method
+        for method in ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+        if not callable(getattr(strategy, method, None))
+    ]
+    if missing:
+        raise InputError("plugin-invalid", f'strategy.name = "{name}": it has no method {missing[0]}{place}')
+    return strategy  # type: ignore[no-any-return]
+
+
+def _find(name: str, folder: Path | None, place: str) -> Any:
+    if ":" in name:
+        return resolve(name, folder=folder, key="strategy.name")
+    if name in BUILT_IN:
+        return resolve(BUILT_IN[name][0], folder=None, key="strategy.name")
+    plug_ins = declared(GROUP)
+    if name in plug_ins:
+        return resolve(plug_ins[name].value, folder=None, key="strategy.name")
+    near = get_close_matches(name, [*BUILT_IN, *plug_ins], n=1)
+    hint = f"did you mean {near[0]}?" if near else "`bract strategies` lists what is installed"
+    raise InputError("plugin-missing", f'strategy.name = "{name}": there is no such strategy; {hint}{place}')
+
+
+def _parameters(factory: type[Any]) -> set[str]:
+    """Return the keywords of a class whose constructor may hand **kwargs on to its bases."""
+    names: set[str] = set()
+    for base in factory.__mro__:
+        if "__init__" in vars(base):
+            names |= set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
+    return names

@@ -1,0 +1,1 @@
+"""What is learned: model, data, loss and metrics, one file per task."""

@@ -1,0 +1,73 @@
+"""core/ring.py: sums that no order changes, and that refuse instead of wrapping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bract.core.errors import RunError
+from bract.core.ring import ExactSum, Ring
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.floats(-100, 100), min_size=3, max_size=3), st.integers(0, 50)), max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_order_and_grouping_do_not_change_a_bit(pairs, random):
+    ring = Ring(bound=100, capacity=1000)
+    straight = ExactSum.zero(ring, 3)
+    for values, weight in pairs:
+        straight.add(np.array(values), weight)
+    shuffled = list(pairs)
+    random.shuffle(shuffled)
+    halves = [ExactSum.zero(ring, 3), ExactSum.zero(ring, 3)]
+    for index, (values, weight) in enumerate(shuffled):
+        halves[index % 2].add(np.array(values), weight)
+    halves[1].merge(halves[0])
+    np.testing.assert_array_equal(straight.total, halves[1].total)
+    assert (straight.weight, straight.count) == (halves[1].weight, halves[1].count)
+
+
+@given(st.lists(st.floats(-(2.0**15), 2.0**15), min_size=1, max_size=20), st.integers(1, 1000))
+def test_encoding_is_within_a_step_and_never_grows(values, capacity):
+    ring = Ring(capacity=capacity)
+    array = np.array(values)
+    decoded = ring.decode(ring.encode(array))
+    assert np.abs(decoded - array).max() <= ring.step
+    assert (np.abs(decoded) <= np.abs(array)).all()
+
+
+def test_the_largest_total_fits():
+    ring = Ring(capacity=1000)
+    total = ExactSum.zero(ring, 1)
+    for _ in range(1000):
+        total.add(np.array([2.0**15]))
+    assert total.mean() == pytest.approx(2.0**15, rel=1e-12)
+    with pytest.raises(RunError):
+        total.add(np.array([2.0**15]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.0**15 + 1])
+def test_a_value_outside_fails_and_leaves_the_sum(value):
+    total = ExactSum.zero(Ring(capacity=4), 2)
+    total.add(np.array([1.0, 2.0]))
+    before = total.total.copy()
+    with pytest.raises(RunError) as caught:
+        total.add(np.array([0.0, value]))
+    assert caught.value.code == "value-out-of-range"
+    np.testing.assert_array_equal(total.total, before)
+    assert total.weight == total.count == 1
+
+
+@pytest.mark.parametrize("weight", [-1, 2**40])
+def test_a_weight_outside_fails(weight):
+    with pytest.raises(RunError):
+        ExactSum.zero(Ring(capacity=2**26), 1).add(np.zeros(1), weight)
+
+
+def test_no_weight_has_no_mean():
+    total = ExactSum.zero(Ring(capacity=4), 1)
+    total.add(np.ones(1), 0)
+    assert total.mean() is None

@@ -4,7 +4,7 @@
 PYTHON := python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # Every folder of the root with an __init__.py is a package of bract.
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 
@@ -61,8 +61,9 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || \
 	{ echo "error: there is no $(PYTHON) here; install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	{ echo "error: bract needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	{ echo "error: bract needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is" \
+	"$$($(PYTHON) -V 2>/dev/null || echo none that runs); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || \
 	{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 

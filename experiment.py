@@ -221,9 +221,7 @@ class Experiment(_Table):
         if self.train.momentum and self.train.optimizer != "sgd":
             raise self.conflict("train", "momentum", why='goes with train.optimizer = "sgd"')
         if server.patience and not server.evaluate_every:
-            raise self.conflict(
-                "server", "patience", why="needs server.evaluate_every, the rounds between two releases"
-            )
+            raise self.conflict("server", "patience", why="needs server.evaluate_every, the rounds between releases")
 
 
 def _first_complaint(error: ValidationError, source: Path | None, text: str) -> InputError:

@@ -69,6 +69,7 @@ def _print(described: Mapping[str, Any]) -> None:
     evaluation = described["evaluation"]
     if evaluation["epsilon"] is not None:
         console.print(
-            f"metrics: released {evaluation['releases']} time(s) from test records, epsilon {evaluation['epsilon']:.3g} in all"
+            f"metrics: released {evaluation['releases']} time(s) from test records, "
+            f"epsilon {evaluation['epsilon']:.3g} in all"
         )
     console.print(described["guarantee"]["sentence"])

@@ -28,9 +28,7 @@ def simulate(
 ) -> int:
     """Train over virtual clients and leave a run directory with model, guarantee and report."""
     if resume is not None and (file is not None or overrides or out is not None):
-        raise InputError(
-            "experiment-conflict", "--resume RUN: goes alone; a run keeps its experiment and its directory"
-        )
+        raise InputError("experiment-conflict", "--resume RUN: goes alone; a run keeps experiment and directory")
     # Read before torch and flwr are imported, so that a wrong file is refused at once.
     experiment = None if resume else Experiment.load(file or DEFAULT_EXPERIMENT, overrides=overrides or ())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -35,8 +36,8 @@ def client_app(
 ) -> ClientApp:
     """Return the app that serves these sites with one resident model; `node_config["name"]` says which.
 
-    A site's randomness is keyed by the round and by the model that it was sent: the same round with another model
-    draws other noise, and a repeated round with the same model the same.
+    A site's randomness is keyed by the round, and under privacy also by the model that it was sent: the same round
+    with another model draws other batches and other noise, a repeated round with the same model the same ones.
     """
     app = ClientApp()
 
@@ -70,5 +71,7 @@ def client_app(
 
 
 def _message_key(site: Site, message: Message, purpose: str) -> Key:
-    config = message.content["config"]
-    return site.key.child(purpose, int(config["server-round"]), str(config["model-version"]))  # type: ignore[arg-type]
+    config: Any = message.content["config"]
+    key = site.key.child(purpose, int(config["server-round"]))
+    # The same noise over two models' gradients would reveal their difference.
+    return key if site.plan is None else key.child(str(config["model-version"]))

@@ -54,7 +54,12 @@ def declared(group: str) -> Mapping[str, EntryPoint]:
 
 def construct(factory: Callable[..., Any], keywords: Mapping[str, Any], *, table: str, place: str) -> Any:
     """Call a class with the own keys of its table; raises InputError `experiment-key` for one it does not take."""
-    signature = inspect.signature(factory)
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "plugin-invalid", f"{table}.name: {factory!r} is no class that bract can make{place}"
+        ) from error
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     known = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     for name in keywords:

@@ -141,7 +141,7 @@ def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, relation: Rel
     return value
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _one_step(q: float, sigma: float, relation: Relation, interval: float) -> PrivacyLossDistribution:
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution

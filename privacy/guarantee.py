@@ -62,9 +62,7 @@ class Guarantee:
     def sentence(self) -> str:
         """The guarantee in one sentence; every figure is rounded up."""
         if self.epsilon is None:
-            return (
-                "There is no differential privacy: the model and the metrics may reveal any record they came from."
-            )
+            return "There is no differential privacy: the model and the metrics may reveal any record they came from."
         replace_one = (
             ""
             if self.replace_one_epsilon is None

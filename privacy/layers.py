@@ -29,7 +29,7 @@ def make_private(module: nn.Module) -> tuple[nn.Module, list[str]]:
     Errors: InputError `model-not-private` that names the first layer without a replacement.
     """
     for path, layer in module.named_modules():
-        if isinstance(layer, LazyModuleMixin):
+        if LazyModuleMixin in type(layer).mro():  # isinstance would hide from mypy that it is a Module
             raise _refused(path, layer, "give it its number of inputs, a lazy layer has no weights yet")
     module = copy.deepcopy(module)
     notes: list[str] = []
@@ -114,6 +114,8 @@ def _refuse_what_opacus_refuses(path: str, layer: nn.Module) -> None:
     errors = validator(layer) if validator is not None and _trainable(layer) else []
     if errors:
         raise _refused(path, layer, str(errors[0]).splitlines()[0])
+    if isinstance(layer, nn.EmbeddingBag) and _trainable(layer):
+        raise _refused(path, layer, "Opacus wants offsets beside its input; use Embedding and a mean")
     own_buffers = [name for name, _ in layer.named_buffers(recurse=False)]
     if own_buffers and _has_trainable_of_its_own(layer):
         raise _refused(path, layer, f"it keeps the buffer `{own_buffers[0]}` beside weights that are trained")

@@ -55,18 +55,19 @@ def histogram(
     A record counts in at most one cell. A probability that is not a number counts as the lowest score (as wrong with
     more than two classes); a target that is no class counts nowhere.
     """
-    scores, labels = _array(probabilities).astype(np.float64), _array(targets).astype(np.int64)
+    scores: NDArray[np.float64] = _array(probabilities).astype(np.float64)
+    labels: NDArray[np.int64] = _array(targets).astype(np.int64)
     counts = np.zeros(plan.shape, dtype=np.int64)
     if len(labels) == 0:
         return counts
-    known = (labels >= 0) & (labels < plan.classes)
+    known = np.isin(labels, np.arange(plan.classes))
     scores, labels = scores[known], labels[known]
     if plan.classes == 2:
         # A comparison with NaN is false, which makes it the lowest quarter.
         column = (scores[:, 1, None] >= np.array(EDGES)).sum(axis=1)
     else:
-        certain = np.isfinite(scores).all(axis=1)
-        column = np.where(certain & (np.where(certain[:, None], scores, 0).argmax(axis=1) == labels), 0, 1)
+        right = np.isfinite(scores).all(axis=1) & (scores.argmax(axis=1) == labels)
+        column = np.where(right, 0, 1)
     np.add.at(counts, (labels, column), 1)
     return counts
 
@@ -139,7 +140,7 @@ def _bernoulli_exp(numerator: int, denominator: int, stream: Stream) -> bool:
 def _array(values: Tensor | NDArray[Any]) -> NDArray[Any]:
     if isinstance(values, np.ndarray):
         return values
-    return values.detach().cpu().numpy()  # type: ignore[no-any-return]
+    return values.detach().cpu().numpy()
 
 
 def _check_epsilon(value: float | None) -> None:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..privacy.guarantee import rounded_up
 from . import words
 from .drawing import BLUE, GREY, GRID, INK, MUTED, ORANGE, PAPER, Plot, canvas, style
 from .run import Comparison, CurvePoint, Released, RunView, Scores
@@ -57,7 +58,8 @@ def released_roc(released: Released, auc: float | None) -> Plot | None:
     return Plot(
         name="released-roc",
         title="ROC curve of the released histogram",
-        caption="It has a corner at each quarter of the score; the dashed line is a coin toss.",
+        caption="The four quarters of the score give it its corners, and scores within a quarter count as ties; "
+        "the dashed line is a coin toss.",
         figure=figure,
     )
 
@@ -73,14 +75,14 @@ def epsilon_by_round(run: RunView) -> Plot | None:
     if isinstance(target, int | float):
         axes.axhline(target, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"planned for the whole run: {words.epsilon(target)}",
+            f"planned for the whole run: {rounded_up(target)}",
             (0, target), xytext=(2, 3), textcoords="offset points", color=MUTED,
         )  # fmt: skip
     axes.fill_between(rounds, epsilons, color=BLUE, alpha=0.10, linewidth=0)
     axes.plot(rounds, epsilons, color=BLUE, linewidth=1.8)
     axes.plot(rounds[-1:], epsilons[-1:], color=BLUE, marker="o", markersize=5, clip_on=False, zorder=4)
     axes.annotate(
-        words.epsilon(epsilons[-1]), (rounds[-1], epsilons[-1]), xytext=(-2, -13), textcoords="offset points",
+        rounded_up(epsilons[-1]), (rounds[-1], epsilons[-1]), xytext=(3, 6), textcoords="offset points",
         ha="right", color=INK, fontsize=10,
     )  # fmt: skip
     axes.set(xlabel="Round", ylabel="Epsilon so far", xlim=(0, max(run.rounds_planned, rounds[-1])))
@@ -100,7 +102,7 @@ def curve(points: Sequence[CurvePoint], metric: str) -> Plot | None:
     total = [(number, value) for number, value in total if value is not None]
     if not total:
         return None
-    figure, axes = canvas(3.3, 2.5)
+    figure, axes = canvas(2.9, 2.3)
     sites = list(dict.fromkeys(name for point in points for name in point.sites)) if metric != "loss" else []
     lines = {name: _series(points, name, metric) for name in sites}
     lines = {name: line for name, line in lines.items() if line}
@@ -113,8 +115,8 @@ def curve(points: Sequence[CurvePoint], metric: str) -> Plot | None:
     axes.plot(*zip(*total, strict=True), color=BLUE, linewidth=1.8, marker="o" if len(total) == 1 else "", zorder=3)
     last, value = total[-1]
     axes.annotate(
-        words.number(value), (last, value), xytext=(0, 5 if metric != "loss" else 6), textcoords="offset points",
-        ha="right", color=INK,
+        words.number(value), (last, value), xytext=(5, 0), textcoords="offset points",
+        ha="left", va="center", color=INK, annotation_clip=False,
     )  # fmt: skip
     axes.set_xlabel("Round")
     axes.margins(x=0.02, y=0.12)
@@ -176,16 +178,17 @@ def _by_score(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], names: 
     axes.axvline(1.5, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set_xticks(positions, ["0 to ¼", "¼ to ½", "½ to ¾", "¾ to 1"])
-    axes.set(xlabel=f"Score for {names[1]!r}".replace("'", "\N{RIGHT SINGLE QUOTATION MARK}"), ylabel="Test records")
+    axes.set_ylabel("Test records")
     axes.set_xlabel(f"Predicted probability of \N{LEFT DOUBLE QUOTATION MARK}{names[1]}\N{RIGHT DOUBLE QUOTATION MARK}")
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
     figure.legend(loc="outside upper left", ncols=2, handlelength=0.9, handleheight=0.9, columnspacing=1.4)
+    below = ", below zero where the noise outweighs them" if counts.min() < 0 else ""
     return Plot(
         name="released-histogram",
         title="Released histogram: label by score",
-        caption="Counts of test records with noise added, so a small one can fall below zero; "
-        "right of the dotted line the model says the second class.",
+        caption=f"Counts of test records as released{below}; right of the dotted line the model says "
+        f"\N{LEFT DOUBLE QUOTATION MARK}{names[1]}\N{RIGHT DOUBLE QUOTATION MARK}.",
         figure=figure,
     )
 
@@ -197,7 +200,7 @@ def _by_class(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], names: 
         figure, axes = canvas()
         axes.hist(share, bins=np.linspace(0, 1, 21), color=BLUE)
         axes.set(xlabel="Share of the class's test records told right", ylabel="Classes", xlim=(0, 1))
-        caption = f"From the released counts of {words.plural(len(share), 'class', 'classes')}, with noise added."
+        caption = f"From the released counts of {words.plural(len(share), 'class', 'classes')}."
     else:
         figure, axes = canvas(4.4, 0.9 + 0.2 * len(share))
         positions = np.arange(len(share))
@@ -214,7 +217,7 @@ def _by_class(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], names: 
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", labelcolor=INK)
-        caption = "From the released counts of right and wrong answers by class, with noise added."
+        caption = "From the released counts of right and wrong answers."
     return Plot(name="released-histogram", title="Released counts: right answers by class", caption=caption, figure=figure)
 
 
@@ -237,7 +240,7 @@ def _mark(kind: str, home: bool) -> dict[str, object]:
         return {"marker": "o", "markersize": 7, "color": BLUE, "markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 5}
     if kind == "reference":
         face = {"markerfacecolor": "none", "markeredgewidth": 1.4}
-        return {"marker": "D", "markersize": 6, "markeredgecolor": ORANGE, "zorder": 4, **face}
+        return {"marker": "D", "markersize": 6.5, "markeredgecolor": ORANGE, "zorder": 6, **face}
     if home:
         return {"marker": "s", "markersize": 5.5, "color": INK, "markeredgewidth": 0, "zorder": 3}
     return {"marker": "|", "markersize": 8, "color": GREY, "markeredgewidth": 1.3, "zorder": 2}

@@ -99,7 +99,7 @@ def site_table(run: RunView) -> dict[str, Any] | None:
     columns = ["Site", "Test records", "Accuracy", *(["AUC"] if areas else [])]
     note = ""
     if areas and any(site.scores.auc is None for site in sites.values()):
-        note = f"{words.DASH}: too few records; an AUC is given from 5 released counts of either class upwards. "
+        note = f"{words.DASH}: fewer than 5 released records of one class, too few for an AUC. "
     if len(sites) > LISTED:
         rows = _spread(
             {
@@ -144,8 +144,8 @@ def guarantee(run: RunView) -> dict[str, Any] | None:
     terms.append(("Trust", given.trust))
     return {
         "sentence": words.printable(given.sentence),
-        "terms": [{"name": name, "value": _sentence(value)} for name, value in terms if value],
-        "excludes": [_sentence(item) for item in given.excludes],
+        "terms": [{"name": name, "value": words.printable(value)} for name, value in terms if value],
+        "excludes": [words.printable(item) for item in given.excludes],
     }
 
 
@@ -205,11 +205,6 @@ def _metric_note(run: RunView, name: str, value: float | None) -> str:
     if run.guarantee is not None and run.guarantee.epsilon is None:
         return "on all test records"
     return "on all test records, as released"
-
-
-def _sentence(text: str) -> str:
-    text = words.printable(text)
-    return text[:1].upper() + text[1:]
 
 
 def _literal(value: Any) -> str:

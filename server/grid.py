@@ -101,9 +101,11 @@ class FlowerGrid(RoundGrid):
         self._grid = grid
 
     def get_node_ids(self) -> Iterable[int]:
+        """Return the other grid's node ids."""
         return self._grid.get_node_ids()
 
     def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
+        """Send messages, wait for all replies, and hand them over."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
         replies = self._grid.send_and_receive(by_node.values())
         return Exchange(((by_node[reply.metadata.src_node_id], reply) for reply in replies), fold=fold, until=until)
@@ -117,7 +119,9 @@ class CohortGrid(RoundGrid):
         self._cohort = list(cohort)
 
     def get_node_ids(self) -> Iterable[int]:
+        """Return the cohort's node ids."""
         return list(self._cohort)
 
     def exchange(self, messages: Iterable[Message], **options: Any) -> Exchange:
+        """Exchange over the grid behind the view."""
         return self._grid.exchange(messages, **options)

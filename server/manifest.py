@@ -62,7 +62,7 @@ def refuse_other_software(old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
         if old.get(name) != new[name]:
             raise InputError(
                 "run-changed",
-                f"the run began with {name} {old.get(name)} and would go on with {new[name]}; restore that, or start anew",
+                f"the run began with {name} {old.get(name)}, not {new[name]}; install that version, or start a new run",
             )
 
 

@@ -26,7 +26,7 @@ class Result:
 
     @property
     def status(self) -> str:
-        """ "completed", "stopped-early", "budget-exhausted", "interrupted" or "failed"."""
+        """One of "completed", "stopped-early", "budget-exhausted", "interrupted" and "failed"."""
         return str(self.record["status"])
 
     @property

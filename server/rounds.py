@@ -75,7 +75,7 @@ class Progress:
 class RoundLoop:
     """Everything that a run of rounds needs; `run` goes through them.
 
-    `clients` maps node ids to names, in order. `after_round` gets the progress and a function that makes the checkpoint.
+    `clients` maps node ids to names, in order. `after_round` gets the progress and what makes the checkpoint.
     """
 
     strategy: Strategy

@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves for people and programs, and in `private/` what voids its guarantee if shared."""
+"""The run directory: what a run leaves for people and programs, and in `private/` what would void its guarantee."""
 
 from __future__ import annotations
 

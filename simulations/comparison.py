@@ -16,7 +16,7 @@ from ..clients import sequential
 from ..clients.local_model import LocalModel
 from ..core.keys import Key
 from ..core.parameters import Arrays
-from ..experiment import Experiment
+from ..experiment import Experiment, PrivacyTable
 from ..server.cohort import CohortSampler
 from ..server.events import Listener, Phase, PhaseAdvanced
 from ..server.rounds import Progress, RoundLoop, Rules
@@ -93,11 +93,7 @@ def compare(
 
     emit(Phase(name="comparison", total=len(data) + 1))
     rows = [row(label, "federated", federation, arrays)]
-    plain = experiment.model_copy(
-        update={
-            "privacy": experiment.privacy.model_copy(update={"unit": "none", "epsilon": None, "noise_multiplier": None})
-        }
-    )
+    plain = experiment.model_copy(update={"privacy": PrivacyTable()})
     if experiment.privacy.unit != "none":
         trained = _trained(plain, task, data, make_strategy, key.child("open"))
         rows.append(row("federated, without privacy", "reference", *trained))

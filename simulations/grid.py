@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ..clients.gate import release_error
@@ -90,9 +90,5 @@ class VirtualGrid(RoundGrid):
 
 def _copy(content: RecordDict) -> RecordDict:
     """Return records of its own over the same arrays, whose bytes nobody changes in place."""
-    return RecordDict(
-        {
-            name: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))
-            for name, record in content.items()
-        }
-    )
+    copies: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore[arg-type]
+    return RecordDict(copies)

@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish: the first lets the current client finish, so that the checkpoint is whole; the second ends at once."""
+"""Ctrl-C as a wish: the first lets the current client finish, so that all is whole; the second ends at once."""
 
 from __future__ import annotations
 

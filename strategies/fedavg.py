@@ -98,7 +98,9 @@ class FedAvg(Strategy):
                     if name != COUNT_KEY and isinstance(value, int | float):
                         sums[name] = sums.get(name, 0.0) + weight * value
                         weights[name] = weights.get(name, 0.0) + weight
-        means = {name: total / weights[name] for name, total in sums.items() if weights[name] > 0}
+        means: dict[str, int | float | list[int] | list[float]] = {
+            name: total / weights[name] for name, total in sums.items() if weights[name] > 0
+        }
         return MetricRecord(means) if means else None
 
     def summary(self) -> None:

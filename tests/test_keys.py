@@ -1,0 +1,116 @@
+"""Keys and streams: derived by purpose, the same bytes each time, the planned distributions."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from scipy import stats
+
+from bract.core.keys import Key
+
+KEY = Key.from_seed(1)
+
+
+def test_a_key_is_a_function_of_its_seed_and_a_fresh_one_of_nothing() -> None:
+    assert Key.from_seed(1) == KEY != Key.from_seed(2)
+    assert Key.fresh() != Key.fresh()
+    assert pickle.loads(pickle.dumps(KEY)) == KEY
+    with pytest.raises(ValueError, match="32 bytes"):
+        Key(b"short")
+
+
+def test_no_two_paths_share_a_key() -> None:
+    paths: list[tuple[str | int, ...]] = [
+        (), ("a",), ("b",), ("a", "b"), ("ab",), ("a", "b", ""), ("", "a", "b"), (1,), ("1",), (1, 1), (11,), ("i", 1)
+    ]  # fmt: skip
+    assert len({KEY.child(*path).secret for path in paths} | {KEY.secret}) == len(paths) + 1
+    assert KEY.child("a").child("b") != KEY.child("a", "b")
+
+
+def test_the_secret_is_not_printed() -> None:
+    assert KEY.secret.hex() not in repr(KEY)
+    assert repr(KEY.secret) not in repr(KEY)
+
+
+def test_the_stream_is_aes_in_counter_mode() -> None:
+    cipher = Cipher(algorithms.AES256(KEY.child("stream").secret), modes.CTR(bytes(16))).encryptor()
+    stream = KEY.stream()
+    assert stream.bytes(5) + stream.bytes(40) == cipher.update(bytes(45))
+
+
+def test_a_stream_goes_on_and_starts_anew() -> None:
+    stream = KEY.stream()
+    first, second = stream.uniforms(8), stream.uniforms(8)
+    assert (first != second).all()
+    assert (np.concatenate([first, second]) == KEY.stream().uniforms(16)).all()
+
+
+def test_the_bytes_of_a_seed_never_change() -> None:
+    # A run resumes with the same noise only if these stay: change them with a new schema of the run directory.
+    assert KEY.stream().bytes(8).hex() == "d38aadee2bcd7938"
+    assert KEY.stream().below(10**30) == 760061490763153028248699278037
+    assert KEY.stream().normals(3) == pytest.approx(
+        [0.7044859860698475, 0.14771766986878884, 1.5894748793103124], rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 2**15, 2**15 + 1, 70_001])
+def test_normals_have_any_length(count: int) -> None:
+    normals = KEY.stream().normals(count)
+    assert normals.shape == (count,)
+    assert np.isfinite(normals).all()
+    assert len(set(normals.tolist())) == count
+
+
+def test_normals_are_normal_and_independent_within_and_across_blocks() -> None:
+    normals = KEY.stream().normals(200_000)
+    assert stats.kstest(normals, "norm").pvalue > 1e-3
+    assert abs(normals.mean()) < 4 / math.sqrt(200_000)
+    assert abs(normals.std() - 1) < 4 / math.sqrt(400_000)
+    # Box and Muller's pairs stand half a block apart; squares would show a shared radius.
+    for lag in (1, 2**14, 2**15):
+        for values in (normals, normals**2):
+            assert abs(np.corrcoef(values[lag:], values[:-lag])[0, 1]) < 4.5 / math.sqrt(200_000 - lag)
+    tail = (np.abs(normals) > 4).mean()
+    assert tail == pytest.approx(6.33e-5, abs=4.5 * math.sqrt(6.33e-5 / 200_000))
+
+
+def test_uniforms_lie_inside_the_open_interval() -> None:
+    uniforms = KEY.stream().uniforms(100_000)
+    assert 0 < uniforms.min() < uniforms.max() < 1
+    assert stats.kstest(uniforms, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_bernoulli_draws_have_their_rate(rate: float) -> None:
+    draws = KEY.stream().bernoulli(100_000, rate)
+    assert abs(draws.mean() - rate) <= 4.5 * math.sqrt(rate * (1 - rate) / 100_000)
+
+
+def test_permutations_are_uniform() -> None:
+    stream = KEY.stream()
+    seen = np.zeros((5, 5))
+    for _ in range(5000):
+        order = stream.permutation(5)
+        assert sorted(order.tolist()) == [0, 1, 2, 3, 4]
+        seen[np.arange(5), order] += 1
+    assert stats.chisquare(seen.ravel()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3, 200, 257])
+def test_below_is_uniform(bound: int) -> None:
+    stream = KEY.child(bound).stream()
+    counts = np.bincount([stream.below(bound) for _ in range(100 * bound)], minlength=bound)
+    assert len(counts) == bound
+    if bound > 1:
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_below_takes_big_numbers_and_no_empty_range() -> None:
+    assert 0 <= KEY.stream().below(10**100) < 10**100
+    with pytest.raises(ValueError, match="at least 1"):
+        KEY.stream().below(0)

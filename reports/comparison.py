@@ -1,4 +1,4 @@
-"""The comparison of a simulation as a table that fits: models in rows, sites in columns, the best of a column marked."""
+"""The comparison of a simulation as a table that fits: models in rows, sites in columns, the best of each marked."""
 
 from __future__ import annotations
 

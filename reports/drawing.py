@@ -17,11 +17,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, MUTED, GRID, PAPER = "#1b2430", "#5d6876", "#e2e6eb", "#fffffe"
 BLUE, ORANGE, GREY = "#0b62a6", "#c4570b", "#98a2ae"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "rule", PAPER: "paper", BLUE: "blue", ORANGE: "orange", GREY: "grey"}
-"""Colours that the page's style sheet defines again as variables: blue and orange stay apart for every kind of sight."""
+"""Colours that the page's style sheet defines again as variables; blue and orange stay apart for all kinds of sight."""
 
 _SETTINGS = {
     "font.family": "sans-serif",
@@ -79,8 +80,7 @@ def style() -> Iterator[None]:
 
 def canvas(width: float = 4.4, height: float = 2.75) -> tuple[Figure, Axes]:
     """Return an empty figure (inches) with one axes that fills it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)  # type: ignore[union-attr]
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
     return figure, figure.add_subplot()
 
 

@@ -18,7 +18,13 @@ from .drawing import Plot, inline_svg, save_png
 from .plots import plots_of
 from .run import RunView, read_run
 
-STATE_KINDS = {"completed": "good", "stopped-early": "warn", "budget-exhausted": "warn", "interrupted": "warn", "unfinished": "warn"}
+STATE_KINDS = {
+    "completed": "good",
+    "stopped-early": "warn",
+    "budget-exhausted": "warn",
+    "interrupted": "warn",
+    "unfinished": "warn",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +41,21 @@ def write_report(run_dir: Path, *, released_only: bool = False) -> Path:
     """Write `report.html` and the plots of a run and return its path.
 
     With `released_only` the page is `report-released.html`, for others: nothing of private/ is read. Plots of private
-    figures go to private/plots/. Raises InputError for what is no whole run directory, RunError if it cannot be written.
+    figures go to private/plots/. Raises InputError for what is no whole run directory, RunError if it is not writable.
     """
     run = read_run(run_dir, released_only=released_only)
     plots = plots_of(run)
-    drawings = {plot.name: _drawing(plot) for plot in plots}
+    page = html_of(run, plots, released_only=released_only)
     path = run_dir / ("report-released.html" if released_only else "report.html")
-    write_atomically(path, _html(run, plots, drawings, released_only).encode("utf-8", "replace"))
+    write_atomically(path, page.encode("utf-8", "replace"))
     for plot in plots:
         save_png(plot, run_dir / ("private/plots" if plot.private else "plots") / f"{plot.name}.png")
     return path
 
 
-def _html(run: RunView, plots: Sequence[Plot], drawings: Mapping[str, Drawing], released_only: bool) -> str:
+def html_of(run: RunView, plots: Sequence[Plot], *, released_only: bool = False) -> str:
+    """Return the page of a run with its plots; it is private if the view is."""
+    drawings = {plot.name: _drawing(plot) for plot in plots}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -89,7 +97,7 @@ def _html(run: RunView, plots: Sequence[Plot], drawings: Mapping[str, Drawing], 
 
 def _drawing(plot: Plot) -> Drawing:
     # The one place where markup enters unescaped: matplotlib has escaped every text in it.
-    return Drawing(name=plot.name, title=plot.title, caption=plot.caption, svg=Markup(inline_svg(plot)))  # noqa: S704
+    return Drawing(name=plot.name, title=plot.title, caption=plot.caption, svg=Markup(inline_svg(plot)))
 
 
 def _state(run: RunView) -> dict[str, str]:
@@ -122,12 +130,13 @@ def _compared_for_page(run: RunView, table: Table) -> dict[str, Any]:
     return {
         "title": f"{words.metric(table.metric)} of each model on each site's test records",
         "columns": [
-            {"name": words.shortened(name, 40).capitalize() if name == "all sites" else words.shortened(name, 40), "note": note(name)}
+            {
+                "name": words.shortened(name, 40).capitalize() if name == "all sites" else words.shortened(name, 40),
+                "note": note(name),
+            }
             for name in table.columns
         ],
-        "rows": [
-            {"model": words.printable(row.model), "kind": row.kind, "cells": row.cells} for row in table.rows
-        ],
+        "rows": [{"model": words.printable(row.model), "kind": row.kind, "cells": row.cells} for row in table.rows],
     }
 
 
@@ -150,8 +159,8 @@ def _comparison_note(run: RunView, tables: Sequence[Table]) -> str:
         total = sum(sizes.values())
         note += (
             f" Test sets are finite: the standard error of an accuracy of 0.8 is {_standard_error(least):.2f} with the "
-            f"{words.plural(least, 'record')} of {words.shortened(name, 40)}, and {_standard_error(total):.2f} with all "
-            f"{words.count(total)}; smaller differences mean little."
+            f"{words.plural(least, 'record')} of {words.shortened(name, 40)}, and {_standard_error(total):.2f} with "
+            f"all {words.count(total)}; smaller differences mean little."
         )
     return note
 

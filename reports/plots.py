@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,16 +22,16 @@ LISTED = 24
 def plots_of(run: RunView) -> list[Plot]:
     """Return every plot for which the run has the numbers; the private ones only where the view holds them."""
     found: list[Plot | None] = []
-    with style():
-        if run.released is not None and run.released.histogram:
-            found += [released_histogram(run.released, run.classes), released_roc(run.released, run.metrics.get("auc"))]
-        found.append(epsilon_by_round(run))
-        found += [curve(run.curves, metric) for metric in ("loss", "accuracy", "auc")]
-        if run.comparison is not None:
-            found += [compared(run.comparison, metric) for metric in ("accuracy", "auc")]
+    if run.released is not None and run.released.histogram:
+        found += [released_histogram(run.released, run.classes), released_roc(run.released, run.metrics.get("auc"))]
+    found.append(epsilon_by_round(run))
+    found += [curve(run.curves, metric) for metric in ("loss", "accuracy", "auc")]
+    if run.comparison is not None:
+        found += [compared(run.comparison, metric) for metric in ("accuracy", "auc")]
     return [plot for plot in found if plot is not None]
 
 
+@style()
 def released_histogram(released: Released, classes: Sequence[str]) -> Plot | None:
     """Two classes: counts by label and score quarter. More: each class's share of records that were told right."""
     counts = np.array(released.histogram, dtype=float)
@@ -43,6 +44,7 @@ def released_histogram(released: Released, classes: Sequence[str]) -> Plot | Non
     return _by_class(counts, names)
 
 
+@style()
 def released_roc(released: Released, auc: float | None) -> Plot | None:
     """The ROC curve that follows from the released histogram."""
     if len(released.roc) < 2:
@@ -64,6 +66,7 @@ def released_roc(released: Released, auc: float | None) -> Plot | None:
     )
 
 
+@style()
 def epsilon_by_round(run: RunView) -> Plot | None:
     """Epsilon spent by training after each round, the largest over the clients."""
     spent = [(record["round"], record["epsilon"]) for record in run.rounds if record.get("epsilon") is not None]
@@ -91,11 +94,13 @@ def epsilon_by_round(run: RunView) -> Plot | None:
     return Plot(
         name="epsilon",
         title="Epsilon by round",
-        caption="Every point is the whole privacy loss of training from the first round to this one, never that of one round.",
+        caption="Every point is the whole privacy loss of training from the first round to this one, "
+        "never that of one round.",
         figure=figure,
     )
 
 
+@style()
 def curve(points: Sequence[CurvePoint], metric: str) -> Plot | None:
     """An exact metric over the rounds of a simulation: a thin line for each site, a strong one for all records."""
     total = [(point.round, point.loss if metric == "loss" else point.scores.of(metric)) for point in points]
@@ -131,6 +136,7 @@ def curve(points: Sequence[CurvePoint], metric: str) -> Plot | None:
     )
 
 
+@style()
 def compared(comparison: Comparison, metric: str) -> Plot | None:
     """Every model on every site's test records, one row a site."""
     sites = list(comparison.sites)
@@ -159,11 +165,17 @@ def compared(comparison: Comparison, metric: str) -> Plot | None:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_xlabel(words.metric(metric))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
-    _legend_of_models(figure, comparison)
+    by_site = len(rows) > 1
+    _legend_of_models(figure, comparison, by_site=by_site)
+    alone = any(model.kind == "lone" for model in comparison.rows)
     return Plot(
         name=f"comparison-{metric}",
         title=f"{words.metric(metric)} on each site's test records",
-        caption="A mark right of a site's own lone model is what the federation gives that site.",
+        caption="A mark right of a site's own lone model is what the federation gives that site."
+        if by_site and alone
+        else "All test records together."
+        if not by_site
+        else "One row a site.",
         figure=figure,
         private=True,
     )
@@ -198,7 +210,7 @@ def _by_class(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], names: 
     share = np.clip(np.divide(right, total, out=np.zeros_like(right), where=total > 0), 0, 1)
     if len(share) > LISTED:
         figure, axes = canvas()
-        axes.hist(share, bins=np.linspace(0, 1, 21), color=BLUE)
+        axes.hist(share, bins=20, range=(0, 1), color=BLUE)
         axes.set(xlabel="Share of the class's test records told right", ylabel="Classes", xlim=(0, 1))
         caption = f"From the released counts of {words.plural(len(share), 'class', 'classes')}."
     else:
@@ -218,7 +230,9 @@ def _by_class(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], names: 
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", labelcolor=INK)
         caption = "From the released counts of right and wrong answers."
-    return Plot(name="released-histogram", title="Released counts: right answers by class", caption=caption, figure=figure)
+    return Plot(
+        name="released-histogram", title="Released counts: right answers by class", caption=caption, figure=figure
+    )
 
 
 def _series(points: Sequence[CurvePoint], site: str, metric: str) -> list[tuple[int, float]]:
@@ -235,9 +249,16 @@ def _band(axes: Axes, lines: Sequence[Sequence[tuple[int, float]]]) -> None:
     axes.fill_between(rounds, low, high, color=GREY, alpha=0.35, linewidth=0)
 
 
-def _mark(kind: str, home: bool) -> dict[str, object]:
+def _mark(kind: str, home: bool) -> dict[str, Any]:
     if kind == "federated":
-        return {"marker": "o", "markersize": 7, "color": BLUE, "markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 5}
+        return {
+            "marker": "o",
+            "markersize": 7,
+            "color": BLUE,
+            "markeredgecolor": PAPER,
+            "markeredgewidth": 0.6,
+            "zorder": 5,
+        }
     if kind == "reference":
         face = {"markerfacecolor": "none", "markeredgewidth": 1.4}
         return {"marker": "D", "markersize": 6.5, "markeredgecolor": ORANGE, "zorder": 6, **face}
@@ -246,15 +267,19 @@ def _mark(kind: str, home: bool) -> dict[str, object]:
     return {"marker": "|", "markersize": 8, "color": GREY, "markeredgewidth": 1.3, "zorder": 2}
 
 
-def _legend_of_models(figure: Figure, comparison: Comparison) -> None:
+def _legend_of_models(figure: Figure, comparison: Comparison, *, by_site: bool) -> None:
     axes = figure.axes[0]
     handles, labels = [], []
     for model in comparison.rows:
         if model.kind != "lone":
-            handles += axes.plot([], [], linestyle="", **_mark(model.kind, False))  # type: ignore[arg-type]
+            handles += axes.plot([], [], linestyle="", **_mark(model.kind, False))
             labels.append(words.shortened(model.model, 30))
     if any(model.kind == "lone" for model in comparison.rows):
-        handles += axes.plot([], [], linestyle="", **_mark("lone", True))  # type: ignore[arg-type]
-        handles += axes.plot([], [], linestyle="", **_mark("lone", False))  # type: ignore[arg-type]
-        labels += ["the site's own lone model", "another site's lone model"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=1, columnspacing=1.2, handletextpad=0.5)
+        if by_site:
+            handles += axes.plot([], [], linestyle="", **_mark("lone", True))
+            labels.append("the site's own lone model")
+        handles += axes.plot([], [], linestyle="", **_mark("lone", False))
+        labels.append("another site's lone model" if by_site else "a lone model")
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=2, handlelength=1, columnspacing=1.2, handletextpad=0.5
+    )

@@ -1,4 +1,4 @@
-"""What a run is doing, on stderr: a live display in a terminal, plain lines elsewhere. It listens to the run's events."""
+"""What a run is doing, on stderr: a live display in a terminal, plain lines elsewhere. It listens to the events."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PLAIN_INTERVAL = 1.0
 
 
 class Progress:
-    """A listener that shows a run; use it as a context manager, which leaves the terminal as it was, errors included."""
+    """A listener that shows a run; as a context manager it leaves the terminal as it was, errors included."""
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True)
@@ -59,7 +59,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            # Transient: the display goes, the summary stays. Pulled by rich's thread, so that a long round is seen alive.
+            # Transient: the display goes, the summary stays. Drawn by rich's thread, so a long round is seen to live.
             self._live = Live(
                 console=self._console, get_renderable=self._display, refresh_per_second=8, transient=True,
                 redirect_stdout=False,
@@ -176,7 +176,10 @@ class Progress:
         return "" if self._epsilon is None else f"epsilon so far {rounded_up(self._epsilon)}"
 
     def _metric_texts(self, metrics: Mapping[str, Any]) -> list[str]:
-        return [f"{'AUC' if name == 'auc' else words.printable(name)} {words.number(value)}" for name, value in metrics.items()]
+        return [
+            f"{'AUC' if name == 'auc' else words.printable(name)} {words.number(value)}"
+            for name, value in metrics.items()
+        ]
 
     def _left(self) -> str:
         """The time that the other rounds will take if they go on as they went."""

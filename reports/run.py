@@ -16,7 +16,7 @@ from ..privacy.guarantee import Guarantee
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Accuracy and area under the ROC curve; None where the area (or both) could not be computed or was not released."""
+    """Accuracy and area under the ROC curve; None where one could not be computed or was not released."""
 
     accuracy: float | None
     auc: float | None
@@ -159,7 +159,8 @@ def read_run(folder: Path, *, released_only: bool = False) -> RunView:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            "run-unreadable", f"{folder}: a file of the run lacks what its kind must hold ({type(error).__name__}: {error})"
+            "run-unreadable",
+            f"{folder}: a file of the run lacks what its kind must hold ({type(error).__name__}: {error})",
         ) from error
 
 

@@ -60,19 +60,33 @@ def facts(run: RunView) -> list[str]:
 def figures(run: RunView) -> list[dict[str, Any]]:
     """The large figures: every released metric, and epsilon with what it must never be shown without."""
     found = [
-        {"label": words.metric(name), "value": words.number(value), "note": _metric_note(run, name, value), "words": False}
+        {
+            "label": words.metric(name),
+            "value": words.number(value),
+            "note": _metric_note(run, name, value),
+            "words": False,
+        }
         for name, value in run.metrics.items()
     ]
     if run.guarantee is None:
         return found
     if run.guarantee.epsilon is None:
-        return [*found, {"label": "Privacy", "value": "no guarantee", "note": "nothing bounds what the model reveals", "words": True}]
+        return [
+            *found,
+            {
+                "label": "Privacy",
+                "value": "no guarantee",
+                "note": "nothing bounds what the model reveals",
+                "words": True,
+            },
+        ]
     return [
         *found,
         {
             "label": "Epsilon of the whole run",
             "value": rounded_up(run.guarantee.epsilon),
-            "note": f"delta {words.delta(run.guarantee.delta)}, for any one {run.guarantee.unit}; the whole statement is below",
+            "note": f"delta {words.delta(run.guarantee.delta)}, for any one {run.guarantee.unit}; "
+            "the whole statement is below",
             "words": False,
         },
     ]
@@ -137,7 +151,10 @@ def guarantee(run: RunView) -> dict[str, Any] | None:
             ("Delta", words.delta(given.delta)),
             ("Unit", f"one {given.unit}"),
             ("Neighbouring", given.neighbouring),
-            ("Replace-one", None if replaced is None else f"epsilon {rounded_up(replaced)} if any other may take its place"),
+            (
+                "Replace-one",
+                None if replaced is None else f"epsilon {rounded_up(replaced)} if any other may take its place",
+            ),
             ("Sampler", given.sampler),
             ("Randomness", _RANDOMNESS.get(given.randomness, given.randomness)),
         ]
@@ -157,8 +174,16 @@ def plan_table(run: RunView) -> dict[str, Any] | None:
     spent = {words.printable(name): value for name, value in given.per_client.items()}
     if spent and set(spent) <= set(_QUANTILES):
         clients = run.manifest.get("clients")
-        rows = [[{"p25": "25 %", "p75": "75 %"}.get(name, name), words.epsilon(spent[name])] for name in _QUANTILES if name in spent]
-        title = f"Epsilon over {words.plural(int(clients), 'client')}" if clients is not None else "Epsilon over all clients"
+        rows = [
+            [{"p25": "25 %", "p75": "75 %"}.get(name, name), words.epsilon(spent[name])]
+            for name in _QUANTILES
+            if name in spent
+        ]
+        title = (
+            f"Epsilon over {words.plural(int(clients), 'client')}"
+            if clients is not None
+            else "Epsilon over all clients"
+        )
         return {"title": title, "columns": ["", "Epsilon"], "rows": rows, "note": "The largest counts for the run."}
     if not spent:
         return None
@@ -195,7 +220,9 @@ def configuration(run: RunView) -> list[dict[str, Any]]:
 def versions(run: RunView) -> list[tuple[str, str]]:
     """Software, machine and seed of the manifest."""
     return [
-        (label, words.printable(str(run.manifest[key]))) for key, label in _VERSIONS.items() if run.manifest.get(key) not in (None, "")
+        (label, words.printable(str(run.manifest[key])))
+        for key, label in _VERSIONS.items()
+        if run.manifest.get(key) not in (None, "")
     ]
 
 

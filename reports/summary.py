@@ -52,12 +52,15 @@ def _outcome(run: RunView) -> str:
     if run.rounds_run != run.rounds_planned:
         rounds = f"{words.count(run.rounds_run)} of {words.plural(run.rounds_planned, 'round')}"
     seconds = run.result.get("seconds")
-    return f"{words.printable(run.name)}: {title}, {rounds}" + (f" in {words.duration(float(seconds))}" if seconds else "")
+    return f"{words.printable(run.name)}: {title}, {rounds}" + (
+        f" in {words.duration(float(seconds))}" if seconds else ""
+    )
 
 
 def _released(run: RunView) -> str:
     shown = [
-        f"{'AUC' if name == 'auc' else words.printable(name)} {words.number(value)}" for name, value in run.metrics.items()
+        f"{'AUC' if name == 'auc' else words.printable(name)} {words.number(value)}"
+        for name, value in run.metrics.items()
     ]
     return ", ".join(shown) or "no metrics"
 
@@ -85,7 +88,13 @@ def _grid(tables: list[Table], *, terminal: bool) -> Grid:
     )  # fmt: skip
     grid.add_column("", max_width=26, overflow="fold")
     for name in tables[0].columns:
-        grid.add_column(Text(_header(name)), justify="right", vertical="bottom", overflow="fold", width=_narrowest(name, len(tables)))
+        grid.add_column(
+            Text(_header(name)),
+            justify="right",
+            vertical="bottom",
+            overflow="fold",
+            width=_narrowest(name, len(tables)),
+        )
     for index, row in enumerate(tables[0].rows):
         rows = [table.rows[index] for table in tables]
         cells = []

@@ -10,7 +10,10 @@ MINUS = "\N{MINUS SIGN}"
 
 STATES: dict[str, tuple[str, str]] = {
     "completed": ("Completed", "All planned rounds were run."),
-    "stopped-early": ("Stopped early", "Training ended before its planned rounds, because the released metrics no longer improved."),
+    "stopped-early": (
+        "Stopped early",
+        "Training ended before its planned rounds, because the released metrics no longer improved.",
+    ),
     "budget-exhausted": (
         "Budget exhausted",
         "The next round would have spent more privacy than the experiment allows. The model up to here was saved.",
@@ -83,7 +86,11 @@ def metric(name: str) -> str:
 def printable(text: str) -> str:
     """Return text on one line without control characters: names and errors of others reach terminals, too."""
     return "".join(
-        " " if character.isspace() else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character)[0] == "C" else character
+        " "
+        if character.isspace()
+        else "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(character)[0] == "C"
+        else character
         for character in text
     ).strip()
 

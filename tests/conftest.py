@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from bract.experiment import Experiment
 
 TINY: dict[str, dict[str, Any]] = {

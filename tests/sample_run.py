@@ -62,11 +62,11 @@ def guarantee(**changes: Any) -> Guarantee:
         "delta": 1e-5,
         "unit": "record",
         "neighbouring": "zero-out: one record replaced by one that contributes nothing, the number of records public",
-        "sampler": "20 rounds with 4 to 8 steps a site and each record in a step's batch with probability 0.1317 to 0.3265 "
-        "(Poisson sampling)",
+        "sampler": "20 rounds with 4 to 8 steps a site and each record in a step's batch with probability 0.1317 to "
+        "0.3265 (Poisson sampling)",
         "randomness": "secret",
-        "trust": "this is a simulation: one process holds all records and sees everything before the noise; the promise is "
-        "about the released model and metrics",
+        "trust": "this is a simulation: one process holds all records and sees everything before the noise; the "
+        "promise is about the released model and metrics",
         "excludes": (*ALWAYS_EXCLUDED, "the exact curves and comparisons in private/, which the simulation computed"),
         "replace_one_epsilon": 3.8317,
         "per_client": {"Cleveland": 1.9996, "Hungary": 1.99996, "VA Long Beach": 1.9984, "Switzerland": 1.9997},
@@ -92,7 +92,7 @@ def write_run(
     (folder / "experiment.toml").write_text(EXPERIMENT)
     manifest = {
         "schema": 1, "bract": "0.1.0", "python": "3.11.2", "torch": "2.13.0+cpu", "opacus": "1.6.0", "flwr": "1.41.0",
-        "numpy": "2.4.6", "dp_accounting": "0.6.0", "platform": "Linux-6.1.0-x86_64-with-glibc2.36", "machine": "x86_64",
+        "numpy": "2.4.6", "dp_accounting": "0.6.0", "platform": "Linux-6.1.0-x86_64", "machine": "x86_64",
         "processor": "Intel(R) Xeon(R) Processor @ 2.60GHz, 2 cores", "created": "2026-11-23T10:04:31Z", "seed": 7,
         "kernel": "sequential", "device": "cpu", "threads": 1, "clients": len(sites), "parameters": 18,
         "task": "heart-disease", "classes": list(classes), "model": "logistic",
@@ -108,8 +108,11 @@ def write_run(
         "released": {
             "histogram": total.tolist(),
             "roc": [list(point) for point in metrics_from(total).get("roc", ())],
-            **({"per_site": {name: {"histogram": counts} | _scalars(np.array(counts)) for name, counts in histograms.items()}}
-               if len(histograms) <= 100 else {}),
+            "per_site": {
+                name: {"histogram": counts} | _scalars(np.array(counts))
+                for name, counts in histograms.items()
+                if len(histograms) <= 100
+            },
         },
         "error": None,
     }  # fmt: skip
@@ -160,7 +163,8 @@ def _write_private(folder: Path, sites: list[str], rounds: int) -> None:
                 "accuracy": wander(0.803, number),
                 "auc": wander(0.877, number),
                 "sites": {
-                    name: {"accuracy": wander(levels[name], number), "auc": wander(levels[name] + 0.05, number)} for name in shown
+                    name: {"accuracy": wander(levels[name], number), "auc": wander(levels[name] + 0.05, number)}
+                    for name in shown
                 },
             }
             file.write(json.dumps(point) + "\n")
@@ -169,7 +173,9 @@ def _write_private(folder: Path, sites: list[str], rounds: int) -> None:
         at = {
             name: {
                 "accuracy": round(levels[name] - (0 if name == home else fall) + draws.normal(0, 0.012), 4),
-                "auc": None if name == "Switzerland" and home else round(levels[name] + 0.05 - fall + draws.normal(0, 0.01), 4),
+                "auc": None
+                if name == "Switzerland" and home
+                else round(levels[name] + 0.05 - fall + draws.normal(0, 0.01), 4),
             }
             for name in sites
         }

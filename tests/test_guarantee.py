@@ -39,6 +39,7 @@ def test_a_shorter_run_spends_less_and_sites_may_have_trained_unequally() -> Non
     early = record_level({"A": PLAN, "B": PLAN}, {"A": 3, "B": 7})
     assert early.epsilon == PLAN.epsilon(7) < PLAN.epsilon()
     assert PLAN.epsilon(3) <= early.per_client["A"] < early.per_client["B"]
+    assert "7 rounds with 24 to 56 steps a site" in early.sentence
     assert record_level({"A": PLAN}, {"A": 0}).epsilon == 0
 
 

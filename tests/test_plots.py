@@ -23,7 +23,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunView:
 
 
 def test_every_plot_is_drawn(run: RunView) -> None:
-    assert [plot.name for plot in plots_of(run) if not plot.private] == ["released-histogram", "released-roc", "epsilon"]
+    assert [plot.name for plot in plots_of(run) if not plot.private] == [
+        "released-histogram",
+        "released-roc",
+        "epsilon",
+    ]
     private = [plot.name for plot in plots_of(run) if plot.private]
     assert private == ["curve-loss", "curve-accuracy", "curve-auc", "comparison-accuracy", "comparison-auc"]
 
@@ -55,11 +59,24 @@ def test_released_counts_are_drawn_as_they_are(run: RunView) -> None:
 
 
 def test_shares_of_classes_never_leave_their_range() -> None:
-    plot = released_histogram(Released(histogram=((8, 2), (-3, 4), (0, 0), (5, -4)), roc=(), per_site={}), ["a", "b", "c"])
+    plot = released_histogram(
+        Released(histogram=((8, 2), (-3, 4), (0, 0), (5, -4)), roc=(), per_site={}), ["a", "b", "c"]
+    )
     assert plot is not None
     bars = [bar.get_width() for bar in plot.figure.axes[0].containers[1]]
     assert bars == [0.8, 0, 0, 1]
+    assert [text.get_text() for text in plot.figure.axes[0].texts] == [
+        "0.80  of 10",
+        "0.00  of 4",
+        "–  of 0",
+        "1.00  of 5",
+    ]
     assert [label.get_text() for label in plot.figure.axes[0].get_yticklabels()] == ["a", "b", "c", "class 3"]
+
+
+def test_a_dollar_is_no_formula() -> None:
+    plot = released_histogram(Released(histogram=((8, 2), (3, 4)), roc=(), per_site={}), ["under $5_0$", "more"])
+    assert plot is not None and ">under $5_0$<" in inline_svg(plot)
 
 
 def test_what_is_missing_is_not_drawn(run: RunView) -> None:

@@ -103,6 +103,12 @@ def test_time_left_counts_from_where_a_resumed_run_began() -> None:
         clock.now = 2.0
         for event in a_round(11):
             progress(event)
+    console, _ = terminal()
+    resumed = Progress(console, clock=Clock())
+    resumed(started(20, first=11))
+    with console.capture() as capture:
+        console.print(resumed._display())
+    assert "round 10/20" in capture.get()
     assert "going on with round 11" in output.getvalue() and "about 18 s left" in output.getvalue()
 
 

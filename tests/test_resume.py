@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 
-import bract
 import pytest
+
+import bract
 from bract.core.errors import InputError
 from bract.server.events import RoundFinished
 

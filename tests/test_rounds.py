@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
-import bract
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import FedMedian
+
+import bract
 from bract.core.errors import InputError, RunError
 from bract.server.events import ClientFailed, Evaluated, Notice, RoundFinished
-from flwr.serverapp.strategy import FedMedian
 
 CLUMSY = """
 import torch
@@ -76,7 +77,9 @@ def test_below_the_quorum_the_model_stays(clumsy, tmp_path):
     untouched = bract.simulate(clumsy(4), out=tmp_path / "all")
     assert result.model_sha256 == untouched.model_sha256
     assert sum("below the quorum" in event.text for event in events if isinstance(event, Notice)) == 4
-    assert bract.simulate(clumsy(3, **{"server.quorum": 0.25}), out=tmp_path / "low").model_sha256 != result.model_sha256
+    assert (
+        bract.simulate(clumsy(3, **{"server.quorum": 0.25}), out=tmp_path / "low").model_sha256 != result.model_sha256
+    )
 
 
 def test_a_record_without_a_finite_gradient_counts_as_none_under_privacy(clumsy, tmp_path):

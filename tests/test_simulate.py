@@ -6,11 +6,12 @@ import hashlib
 import json
 import stat
 
-import bract
 import pytest
 import torch
-from bract.server.events import ClientFailed, Evaluated, Notice, RoundFinished, RunFinished, RunStarted
 from safetensors.torch import load_file
+
+import bract
+from bract.server.events import ClientFailed, Evaluated, Notice, RoundFinished, RunFinished, RunStarted
 
 
 def lines(path):
@@ -29,7 +30,14 @@ def test_it_learns_and_keeps_its_epsilon(heart_run):
 def test_the_run_directory_has_what_the_design_says(heart_run):
     result, _ = heart_run
     run = result.run_dir
-    for name in ("experiment.toml", "manifest.json", "metrics.jsonl", "model.safetensors", "result.json", "report.html"):
+    for name in (
+        "experiment.toml",
+        "manifest.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "result.json",
+        "report.html",
+    ):
         assert (run / name).stat().st_size > 0
     assert list((run / "plots").glob("*.png"))
     assert json.loads((run / "result.json").read_text()) == result.record
@@ -106,7 +114,9 @@ def test_events_tell_the_run(heart_run):
 
 def test_a_published_seed_repeats_a_run_and_a_secret_does_not(tiny, tmp_path):
     def sha(name, randomness):
-        experiment = tiny(**{"privacy.unit": "record", "privacy.noise_multiplier": 4.0, "privacy.randomness": randomness})
+        experiment = tiny(
+            **{"privacy.unit": "record", "privacy.noise_multiplier": 4.0, "privacy.randomness": randomness}
+        )
         return bract.simulate(experiment, out=tmp_path / name).model_sha256
 
     assert sha("a", "seed") == sha("b", "seed")

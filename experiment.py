@@ -102,6 +102,7 @@ class PrivacyTable(_Table):
 class SimulationTable(_Table):
     """[simulation]"""
 
+    workers: Count | Literal["auto"] = "auto"
     kernel: Literal["auto", "sequential"] = "auto"
     curves: bool = True
     baselines: bool | Literal["auto"] = "auto"

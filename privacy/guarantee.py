@@ -33,7 +33,7 @@ _TRUST: dict[Place, str] = {
     "federation": "each site adds the noise to its own updates and counts before they leave, so neither the server nor "
     "another site sees anything before the noise",
 }
-_ZERO_OUT = "zero-out: one record replaced by one that contributes nothing, the number of records public"
+_ZERO_OUT = "zero-out (one record replaced by one that contributes nothing, the number of records public)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Guarantee:
         replace_one = (
             ""
             if self.replace_one_epsilon is None
-            else f" and epsilon {rounded_up(self.replace_one_epsilon)} if it may be replaced by any other"
+            else f", and epsilon {rounded_up(self.replace_one_epsilon)} if it may be replaced by any other"
         )
         drawn = (
             "the noise and the batches came from a secret key"
@@ -75,7 +75,7 @@ class Guarantee:
             "the seed"
         )
         return (
-            f"Everything that this run released tells at most epsilon {rounded_up(self.epsilon)} (delta "
+            f"The model and the metrics that this run released tell at most epsilon {rounded_up(self.epsilon)} (delta "
             f"{self.delta:g}) about any one {self.unit} under {self.neighbouring}{replace_one}; that holds for the "
             f"whole run, {self.sampler}, and {drawn}."
         )

@@ -171,7 +171,7 @@ def compared(comparison: Comparison, metric: str) -> Plot | None:
     return Plot(
         name=f"comparison-{metric}",
         title=f"{words.metric(metric)} on each site's test records",
-        caption="A mark right of a site's own lone model is what the federation gives that site."
+        caption="Marks right of the square: the site gains from the federation."
         if by_site and alone
         else "All test records together."
         if not by_site

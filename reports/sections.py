@@ -236,7 +236,9 @@ def _metric_note(run: RunView, name: str, value: float | None) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + " }"
+        return (
+            "{}" if not value else "{ " + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + " }"
+        )
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message, RecordDict
@@ -18,36 +19,53 @@ if TYPE_CHECKING:
     from flwr.supercore.typing import Run  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A reply and the message that it answers; `total` when a worker folded it, alone or with those before it."""
+
+    instruction: Message
+    reply: Message
+    folded: bool = False
+    total: Total | None = None
+
+
 class Exchange(Iterator[Message]):
-    """The replies to one batch of messages, in the order in which they arrive.
+    """The replies to one batch of messages, in the order of the messages.
 
     With a fold, each reply is added to `total` and yielded without its arrays, so that nothing holds all updates;
     a reply that the fold refuses is yielded as an error. `until` ends the exchange after that many good replies.
     """
 
-    def __init__(
-        self, replies: Iterable[tuple[Message, Message]], *, fold: Fold | None = None, until: int | None = None
-    ) -> None:
+    def __init__(self, arrivals: Iterable[Arrival], *, fold: Fold | None = None, until: int | None = None) -> None:
         self.total: Total | None = fold.start() if fold else None
         self._fold = fold
         self._until = until
         self._good = 0
-        self._pairs = iter(replies)
+        self._arrivals = iter(arrivals)
 
     def __next__(self) -> Message:
         if self._until is not None and self._good >= self._until:
             raise StopIteration
-        instruction, reply = next(self._pairs)
-        if reply.has_error():
-            return reply
-        if self._fold is not None and self.total is not None:
-            try:
-                self._fold.add(self.total, reply.content)
-            except BractError as error:
-                return flower.error_reply(instruction, error.code, error.sentence)
-            reply.content = flower.without_arrays(reply.content)
-        self._good += 1
+        arrival = next(self._arrivals)
+        reply = arrival.reply
+        if arrival.total is not None and self.total is not None:
+            self.total.merge(arrival.total)
+        if self._fold is not None and self.total is not None and not arrival.folded:
+            reply = fold_in(self._fold, self.total, arrival.instruction, reply)
+        self._good += reply.has_content()
         return reply
+
+
+def fold_in(fold: Fold, total: Total, instruction: Message, reply: Message) -> Message:
+    """Add a reply to a total and return what is left of it; an error reply if the fold refuses it."""
+    if reply.has_error():
+        return reply
+    try:
+        fold.add(total, reply.content)
+    except BractError as error:
+        return flower.error_reply(instruction, error.code, error.sentence)
+    reply.content = flower.without_arrays(reply.content)
+    return reply
 
 
 class RoundGrid(Grid):
@@ -108,7 +126,8 @@ class FlowerGrid(RoundGrid):
         """Send messages, wait for all replies, and hand them over."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
         replies = self._grid.send_and_receive(by_node.values())
-        return Exchange(((by_node[reply.metadata.src_node_id], reply) for reply in replies), fold=fold, until=until)
+        arrivals = (Arrival(instruction=by_node[reply.metadata.src_node_id], reply=reply) for reply in replies)
+        return Exchange(arrivals, fold=fold, until=until)
 
 
 class CohortGrid(RoundGrid):

@@ -95,6 +95,10 @@ class RunDirectory:
         except OSError as error:
             raise RunError("run-unwritable", f"{self.path / name}: cannot be written ({error.strerror})") from error
 
+    def log_client(self, text: str) -> None:
+        """Append what a client raised to private/clients.log."""
+        self.log("clients.log", text)
+
     def log(self, name: str, text: str) -> None:
         """Append text to a log in `private/`."""
         path = self.path / "private" / name

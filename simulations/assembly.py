@@ -18,8 +18,14 @@ from ..server.manifest import manifest, refuse_other_software
 from ..server.run_directory import RunDirectory
 from ..tasks.task import SiteData, Task
 from .accounts import Accounts
+from .executors import Executor, InlineExecutor
 from .federation import Federation, flower_federation, virtual_federation
+from .grid import VirtualGrid
 from .plan import Plan, load_clients, make_plan
+from .recipe import Recipe
+from .shared_data import SharedData
+from .sizing import worker_count
+from .workers import WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +39,24 @@ class Assembly:
     plan: Plan
     accounts: Accounts
     federation: Federation
+    grid: VirtualGrid
     key: Key
 
 
 def assemble(
-    experiment: Experiment, task: Task | None, *, existing: RunDirectory | None, out: Path | None, emit: Listener
+    experiment: Experiment,
+    task: Task | None,
+    *,
+    given: bool,
+    existing: RunDirectory | None,
+    out: Path | None,
+    emit: Listener,
 ) -> Assembly:
     """Load data, make or reopen the run directory, calibrate noise, and build the virtual clients.
 
     A reopened run must find data, initial model and software as they were: its noise is drawn again, and the same
-    noise over other gradients would reveal their difference. Raises InputError.
+    noise over other gradients would reveal their difference. `given` objects (of a notebook) train in this process,
+    as a worker could not find them. Raises InputError.
     """
     data = load_clients(experiment, task) if task else {}
     directory = existing or RunDirectory.create(experiment, out=out)
@@ -50,14 +64,25 @@ def assemble(
     key = directory.key() if secret else Key.from_seed(experiment.experiment.seed)
     counts = {name: len(site.train) for name, site in data.items()}
     plan = make_plan(experiment, counts, len(task.classes) if task else 2, emit)
-
-    def log(text: str) -> None:
-        directory.log("clients.log", text)
-
     if task is None:
-        federation = flower_federation(experiment, log=log)
+        federation = flower_federation(experiment)
     else:
-        federation = virtual_federation(experiment, task, data, plan, key=key, log=log)
+        federation = virtual_federation(experiment, task, data, plan, key=key)
+    workers = worker_count(
+        experiment,
+        clients=len(federation.names),
+        records=sum(counts.values()),
+        parameters=federation.size,
+        device=federation.device,
+    )
+    executor: Executor
+    if workers > 1 and not given:
+        shared = SharedData.of(data) if task else None
+        data = shared.sites() if shared else data
+        recipe = Recipe(tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key)
+        executor = WorkerPool(recipe, workers, log=directory.log_client)
+    else:
+        executor = InlineExecutor(federation.app, log=directory.log_client, isolate=task is None)
     assembly = Assembly(
         experiment=experiment,
         directory=directory,
@@ -66,6 +91,7 @@ def assemble(
         plan=plan,
         accounts=Accounts(plan.mechanisms, epsilon_budget=experiment.privacy.epsilon_budget),
         federation=federation,
+        grid=VirtualGrid(executor, federation.names, run_config=experiment.clients.run_config),
         key=key,
     )
     _describe(assembly, resumed=existing is not None)
@@ -79,8 +105,8 @@ def _describe(assembly: Assembly, *, resumed: bool) -> None:
         experiment,
         kernel="sequential",
         device=federation.device,
-        parameters=sum(array.size for array in federation.initial.values()),
-        clients=len(federation.grid.names),
+        parameters=federation.size,
+        clients=len(federation.names),
         classes=assembly.task.classes if assembly.task else (),
         sites=assembly.data,
         mechanisms=assembly.plan.mechanisms,

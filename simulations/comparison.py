@@ -22,7 +22,9 @@ from ..server.events import Listener, Phase, PhaseAdvanced
 from ..server.rounds import Progress, RoundLoop, Rules
 from ..tasks.task import Examples, SiteData, Task
 from .accounts import Accounts
+from .executors import InlineExecutor
 from .federation import Federation, virtual_federation
+from .grid import VirtualGrid
 from .plan import make_plan
 
 # With more sites a table of lone models is no longer read, and costs a run each.
@@ -120,11 +122,12 @@ def _trained(
 ) -> tuple[Federation, Arrays]:
     """Train without privacy for as many rounds, all clients in each, and return federation and model."""
     planned = make_plan(experiment, {name: len(site.train) for name, site in data.items()}, len(task.classes), _silent)
-    federation = virtual_federation(experiment, task, data, planned, key=key, log=_silent)
+    federation = virtual_federation(experiment, task, data, planned, key=key)
+    grid = VirtualGrid(InlineExecutor(federation.app, log=_silent), federation.names)
     loop = RoundLoop(
         strategy=make_strategy(),
-        grid=federation.grid,
-        clients=federation.grid.names,
+        grid=grid,
+        clients=grid.names,
         sampler=CohortSampler(sampling="all", per_round=None, key=key),
         budget=Accounts({}),
         rules=Rules(rounds=experiment.experiment.rounds, quorum=0.0),

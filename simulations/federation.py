@@ -1,4 +1,7 @@
-"""A federation of virtual clients: task, sites, resident model and grid, put together from an experiment."""
+"""A federation of virtual clients: task, sites, resident model and ClientApp, put together from an experiment.
+
+A worker process puts together the same one from the same recipe.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from ..privacy.release import EvaluationPlan
 from ..server.trained_model import make_module
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
-from .grid import VirtualGrid
 from .plan import Plan
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -36,13 +38,19 @@ class Federation:
     `module` puts shared tensors into the resident module. `evaluation` is None where the clients' own app evaluates.
     """
 
-    grid: VirtualGrid
+    app: ClientApp
+    names: tuple[str, ...]
     initial: Arrays
     module: Callable[[Arrays], nn.Module]
     device: str = "cpu"
     evaluation: EvaluationPlan | None = None
     local: LocalModel | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of values that travel."""
+        return sum(array.size for array in self.initial.values())
 
 
 def virtual_federation(
@@ -52,7 +60,6 @@ def virtual_federation(
     plan: Plan,
     *,
     key: Key,
-    log: Callable[[str], None],
 ) -> Federation:
     """Return the federation of bract's own clients over a task's data."""
     private = experiment.privacy.unit != "none"
@@ -76,7 +83,8 @@ def virtual_federation(
         return model.module
 
     return Federation(
-        grid=VirtualGrid(client_app(sites, task, training, model, gate), list(sites), log=log),
+        app=client_app(sites, task, training, model, gate),
+        names=tuple(sites),
         initial=model.shared_arrays(),
         module=loaded,
         device=str(model.device),
@@ -86,7 +94,7 @@ def virtual_federation(
     )
 
 
-def flower_federation(experiment: Experiment, *, log: Callable[[str], None]) -> Federation:
+def flower_federation(experiment: Experiment) -> Federation:
     """Return the federation of a Flower ClientApp's clients; the app brings its own data and its own metrics."""
     clients, folder = experiment.clients, experiment.folder
     app = resolve(str(clients.app), folder=folder, key="clients.app")
@@ -102,8 +110,6 @@ def flower_federation(experiment: Experiment, *, log: Callable[[str], None]) -> 
         module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
         return module
 
-    count = clients.count or 1
-    grid = VirtualGrid(app, client_names(count), log=log, isolate=True, run_config=clients.run_config)
     # A Flower app sends and expects the whole state_dict.
     initial: Arrays = {name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
-    return Federation(grid=grid, initial=initial, module=loaded)
+    return Federation(app=app, names=tuple(client_names(clients.count or 1)), initial=initial, module=loaded)

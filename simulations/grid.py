@@ -1,41 +1,32 @@
-"""The virtual grid: every client is a call of the ClientApp in this process, made when its message is due."""
+"""The virtual grid: every client is a call of a ClientApp, made when its message is due."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
-from ..clients.gate import release_error
 from ..core import flower
 from ..server.grid import Exchange, RoundGrid
 from ..strategies.fold import Fold
+from .executors import Call, Executor
 
 
 class VirtualGrid(RoundGrid):
-    """Virtual clients by name; their state lives in their Flower contexts.
-
-    `isolate` gives each client its own copy of a message's records, for an app that may change what it is sent.
-    """
+    """Virtual clients by name; their state lives in their Flower contexts, and an executor runs them."""
 
     def __init__(
         self,
-        app: ClientApp,
+        executor: Executor,
         names: Sequence[str],
         *,
-        log: Callable[[str], None],
-        isolate: bool = False,
         run_config: Mapping[str, bool | int | float | str] | None = None,
     ) -> None:
         self.names = {flower.node_id(name): name for name in names}
+        self.executor = executor
         self._partitions = {node: index for index, node in enumerate(self.names)}
         self._contexts: dict[int, Context] = {}
-        self._app = app
-        self._log = log
-        self._isolate = isolate
         self._run_config = dict(run_config or {})
         self._sent = 0
 
@@ -44,8 +35,10 @@ class VirtualGrid(RoundGrid):
         return list(self.names)
 
     def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
-        """Call the app for each message, one after the other, as the replies are asked for."""
-        return Exchange(self._calls(messages), fold=fold, until=until)
+        """Have the executor call the app for each message, as the replies are asked for."""
+        # Past `until` nothing may be in the total, so there the exchange folds reply by reply.
+        arrivals = self.executor.run(self._calls(messages), fold=fold if until is None else None)
+        return Exchange(arrivals, fold=fold, until=until)
 
     def client_states(self) -> dict[str, Any]:
         """Return the contexts' states of the clients that keep any, by name."""
@@ -60,20 +53,12 @@ class VirtualGrid(RoundGrid):
         for name, tree in states.items():
             self._context(flower.node_id(name)).state = flower.tree_to_state(tree)
 
-    def _calls(self, messages: Iterable[Message]) -> Iterator[tuple[Message, Message]]:
+    def _calls(self, messages: Iterable[Message]) -> Iterator[Call]:
         for message in messages:
             node = message.metadata.dst_node_id
-            # The same RecordDict may be in every message; a message of its own lets a reply refer to it.
             self._sent += 1
             flower.set_message_id(message, str(self._sent))
-            if self._isolate:
-                message.content = _copy(message.content)
-            try:
-                reply = self._app(message, self._context(node))
-            except Exception as error:  # whatever a client raises is that client's failure
-                self._log(f"{self.names[node]}: {''.join(traceback.format_exception(error))}")
-                reply = release_error(message, error)
-            yield message, reply
+            yield Call(client=self.names[node], message=message, context=self._context(node))
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:
@@ -86,9 +71,3 @@ class VirtualGrid(RoundGrid):
                 run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=dict(self._run_config)
             )
         return self._contexts[node]
-
-
-def _copy(content: RecordDict) -> RecordDict:
-    """Return records of its own over the same arrays, whose bytes nobody changes in place."""
-    copies: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore[arg-type]
-    return RecordDict(copies)

@@ -6,6 +6,7 @@ import copy
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
@@ -18,7 +19,7 @@ from ..reports.page import write_report
 from ..server import checkpoint as checkpoints
 from ..server.checkpoint import Checkpoint
 from ..server.cohort import CohortSampler
-from ..server.events import Checkpointed, Event, Listener, Notice, RoundFinished, RunFinished, RunStarted
+from ..server.events import Checkpointed, Event, Listener, Notice, Phase, RoundFinished, RunFinished, RunStarted
 from ..server.result import Result
 from ..server.rounds import Progress, RoundLoop, Rules
 from ..server.run_directory import RunDirectory
@@ -84,6 +85,7 @@ class Simulation:
         self._strategy = strategy or self._make_strategy()
         refuse_what_is_not_offered(experiment, self._strategy)
         refuse_unsaveable(self._strategy)
+        self._given = task is not None or strategy is not None
         self._task = task if task or experiment.clients.app else find_task(experiment)
         self._directory: RunDirectory | None = None
         self._curves: Curves | None = None
@@ -92,13 +94,15 @@ class Simulation:
     def run(self, *, existing: RunDirectory | None = None, out: Path | None = None) -> Result:
         """Run to the end or to an interruption; what fails is on disk before it is raised."""
         started = time.monotonic()
-        assembly = assemble(self._experiment, self._task, existing=existing, out=out, emit=self._emit)
+        assembly = assemble(
+            self._experiment, self._task, given=self._given, existing=existing, out=out, emit=self._emit
+        )
         self._directory = assembly.directory
         flower.identify_process(run_id=1)
         if assembly.task and self._experiment.simulation.curves:
             self._curves = Curves(assembly.federation, assembly.task, assembly.data)
         error: BractError | None = None
-        with graceful_interrupt() as should_stop:
+        with graceful_interrupt() as should_stop, closing(assembly.grid.executor):
             loop = self._loop(assembly, should_stop)
             progress = self._start(assembly, loop, resumed=existing is not None)
             self._emit(
@@ -131,6 +135,7 @@ class Simulation:
                 make_strategy=self._make_strategy,
                 emit=self._emit,
             )
+            self._emit(Phase(name="drawing the report"))
             write_report(assembly.directory.path)
         self._emit(RunFinished(result=result.record))
         if error is not None:
@@ -154,8 +159,8 @@ class Simulation:
 
         return RoundLoop(
             strategy=self._strategy,
-            grid=federation.grid,
-            clients=federation.grid.names,
+            grid=assembly.grid,
+            clients=assembly.grid.names,
             sampler=CohortSampler(sampling=clients.sampling, per_round=clients.per_round, key=assembly.key),
             budget=assembly.accounts,
             rules=Rules(
@@ -168,7 +173,7 @@ class Simulation:
             emit=self._emit,
             strategy_evaluates=federation.evaluation is None,
             strategy_seed=run.seed,
-            client_states=federation.grid.client_states,
+            client_states=assembly.grid.client_states,
             should_stop=should_stop,
             after_round=self._after_round,
             on_strategy_error=log,
@@ -183,7 +188,7 @@ class Simulation:
         self._saved_at = time.monotonic()
         if found is None:
             return Progress(round=0, arrays=dict(assembly.federation.initial))
-        assembly.federation.grid.load_client_states(found.clients)
+        assembly.grid.load_client_states(found.clients)
         return loop.restore(found)
 
     def _after_round(self, progress: Progress, make: Callable[[], Checkpoint]) -> None:

@@ -12,6 +12,7 @@ from bract.core.errors import CATALOGUE
 from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
 from bract.server.grid import CohortGrid, FlowerGrid
+from bract.simulations.executors import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.fold import WeightedSum
 
@@ -44,7 +45,7 @@ def grid(log):
             RecordDict({"a": arrays, "m": MetricRecord({"num-examples": 1 + NAMES.index(name)})}), reply_to=message
         )
 
-    return VirtualGrid(app, NAMES, log=log.append, isolate=True)
+    return VirtualGrid(InlineExecutor(app, log=log.append, isolate=True), NAMES)
 
 
 def messages(grid, **config):
@@ -140,7 +141,7 @@ def test_an_isolated_app_that_changes_its_message_changes_nobody_elses():
         record["w"] = record_of({"w": np.full(1, 9.0, np.float32)})["w"]
         return Message(RecordDict({"arrays": record}), reply_to=message)
 
-    grid = VirtualGrid(app, NAMES, log=print, isolate=True)
+    grid = VirtualGrid(InlineExecutor(app, log=print, isolate=True), NAMES)
     content = RecordDict({"arrays": record_of({"w": np.zeros(1, np.float32)})})
     replies = grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()])
     assert seen == [0, 0, 0, 0]

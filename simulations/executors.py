@@ -1,0 +1,77 @@
+"""Executors: where the virtual clients of one exchange run, here in this process.
+
+An executor gets calls in the order of their messages and hands over their outcomes in that order, so that no strategy
+can tell one executor from another.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from ..clients.gate import release_error
+from ..server.grid import Arrival
+from ..strategies.fold import Fold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One message for one client, whose context holds its state."""
+
+    client: str
+    message: Message
+    context: Context
+
+
+class Executor(Protocol):
+    """Runs calls; with a fold it may return totals instead of arrays."""
+
+    def run(self, calls: Iterable[Call], *, fold: Fold | None) -> Iterator[Arrival]:
+        """Yield the outcome of each call, in order."""
+
+    def close(self) -> None:
+        """End whatever the executor started."""
+
+
+class InlineExecutor:
+    """One client after the other in this process, each when its reply is asked for."""
+
+    def __init__(self, app: ClientApp, *, log: Callable[[str], None], isolate: bool = False) -> None:
+        self._app = app
+        self._log = log
+        self._isolate = isolate
+
+    def run(self, calls: Iterable[Call], *, fold: Fold | None) -> Iterator[Arrival]:
+        """Yield each reply whole: the exchange folds it."""
+        for call in calls:
+            reply, trace = answer(self._app, call, isolate=self._isolate)
+            if trace:
+                self._log(trace)
+            yield Arrival(instruction=call.message, reply=reply)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def answer(app: ClientApp, call: Call, *, isolate: bool) -> tuple[Message, str | None]:
+    """Return a client's reply, and the trace of what it raised, which stays on its side.
+
+    `isolate` gives the client its own copy of the message's records, for an app that may change what it is sent.
+    """
+    if isolate:
+        call.message.content = _copy(call.message.content)
+    try:
+        return app(call.message, call.context), None
+    except Exception as error:  # whatever a client raises is that client's failure
+        return release_error(call.message, error), f"{call.client}: {''.join(traceback.format_exception(error))}"
+
+
+def _copy(content: RecordDict) -> RecordDict:
+    """Return records of its own over the same arrays, whose bytes nobody changes in place."""
+    copies: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore[arg-type]
+    return RecordDict(copies)

@@ -1,0 +1,38 @@
+"""What a process needs to be told to put together the run's federation: the main process and each worker alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.keys import Key
+from ..experiment import Experiment
+from ..tasks.registry import find_task
+from ..tasks.task import Task
+from .federation import Federation, flower_federation, virtual_federation
+from .plan import Plan
+from .shared_data import SharedData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Picklable. `key` is the run's secret: a worker is the same owner's process, on the same machine."""
+
+    tables: dict[str, Any]
+    folder: Path | None
+    data: SharedData | None
+    plan: Plan
+    key: Key
+
+    @property
+    def isolate(self) -> bool:
+        """Whether a client may change what it is sent: a Flower app may, bract's own does not."""
+        return self.data is None
+
+    def build(self, *, task: Task | None = None) -> Federation:
+        """Return the federation; a worker finds the task by its name, as the main process did."""
+        experiment = Experiment.of(self.tables, folder=self.folder)
+        if self.data is None:
+            return flower_federation(experiment)
+        return virtual_federation(experiment, task or find_task(experiment), self.data.sites(), self.plan, key=self.key)

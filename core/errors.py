@@ -52,6 +52,10 @@ class RunError(BractError):
 
 
 CATALOGUE: dict[str, Explanation] = {
+    "usage": Explanation(
+        meaning="The command line has an option, an argument or a command that bract does not know, or lacks one.",
+        mend="Compare it with `bract --help` and `bract COMMAND --help`.",
+    ),
     "experiment-missing": Explanation(
         meaning="The experiment file does not exist or cannot be read.",
         mend="Check the path; `bract simulate` without a file runs the built-in heart-disease experiment.",

@@ -112,11 +112,11 @@ def epsilons(plan: RecordLevelPlan, rounds: Sequence[int], *, relation: Relation
     curve: dict[int, float] = {}
     highest = 0.0
     for count in sorted(set(rounds)):
-        steps = count * plan.steps_per_round
+        steps = plan.accounted_steps(count)
         coarse = (
             final
             if count == last
-            else _epsilon(plan.sampling_rate, plan.noise_multiplier, steps, plan.delta, relation, CALIBRATING)
+            else _epsilon(plan.accounted_rate, plan.noise_multiplier, steps, plan.delta, relation, CALIBRATING)
         )
         # The truth never falls, so the exact last value bounds all before it.
         highest = max(highest, min(coarse, final))

@@ -179,9 +179,9 @@ def _replace_one(plans: Mapping[str, RecordLevelPlan], rounds: Mapping[str, int]
     interval = accounting.SHOWN if len(most) <= 8 else accounting.CALIBRATING
     return max(
         accounting.epsilon(
-            sampling_rate=plan.sampling_rate,
+            sampling_rate=plan.accounted_rate,
             noise_multiplier=plan.noise_multiplier,
-            steps=plan.steps(count),
+            steps=plan.accounted_steps(count),
             delta=plan.delta,
             relation="replace-one",
             interval=interval,

@@ -23,6 +23,9 @@ class RecordLevelPlan:
     Formal guarantee: after r rounds the noised sums are (epsilon(r), delta)-DP towards whoever sees all of them, for
     neighbours that differ in one record replaced by one without any contribution (zero-out, `records` public), given
     that batches and noise are secret and drawn as `privacy.dpsgd` draws them from this plan.
+
+    `accounted_records` (fewest, most) accounts the site with the sampling rate of the fewest and the steps of the most
+    records: an upper bound that many sites of nearly equal size share. None accounts for exactly what is done.
     """
 
     records: int
@@ -32,6 +35,7 @@ class RecordLevelPlan:
     clipping_norm: float
     noise_multiplier: float
     delta: float
+    accounted_records: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check_count("records", self.records)
@@ -41,6 +45,7 @@ class RecordLevelPlan:
         _check_positive("clipping_norm", self.clipping_norm)
         _check_not_negative("noise_multiplier", self.noise_multiplier)
         _check_probability("delta", self.delta)
+        _check_covers(self.records, self.accounted_records)
 
     @classmethod
     def calibrate(
@@ -53,6 +58,7 @@ class RecordLevelPlan:
         rounds: int,
         clipping_norm: float,
         delta: float,
+        accounted_records: tuple[int, int] | None = None,
     ) -> Self:
         """Return the plan with the least noise that keeps the zero-out epsilon of all rounds within `epsilon`."""
         silent = cls(
@@ -63,9 +69,10 @@ class RecordLevelPlan:
             clipping_norm=clipping_norm,
             noise_multiplier=0.0,
             delta=delta,
+            accounted_records=accounted_records,
         )
         noise_multiplier = accounting.noise_multiplier(
-            sampling_rate=silent.sampling_rate, steps=silent.steps(), epsilon=epsilon, delta=delta
+            sampling_rate=silent.accounted_rate, steps=silent.accounted_steps(), epsilon=epsilon, delta=delta
         )
         return replace(silent, noise_multiplier=noise_multiplier)
 
@@ -93,19 +100,30 @@ class RecordLevelPlan:
         """Return the number of steps of so many rounds (of the whole run by default)."""
         return self.steps_per_round * (self.rounds if rounds is None else rounds)
 
+    @property
+    def accounted_rate(self) -> float:
+        """The sampling rate that the accountant takes: `sampling_rate`, or that of the fewest accounted records."""
+        fewest = self.accounted_records[0] if self.accounted_records else self.records
+        return min(1.0, self.batch_size / fewest)
+
+    def accounted_steps(self, rounds: int | None = None) -> int:
+        """Return the steps that the accountant takes: `steps`, or those of the most accounted records."""
+        most = self.accounted_records[1] if self.accounted_records else self.records
+        return self.epochs * max(1, -(-most // self.batch_size)) * (self.rounds if rounds is None else rounds)
+
     def event(self, rounds: int | None = None) -> DpEvent:
         """Return what dp-accounting needs to know of so many rounds (of the whole run by default)."""
         from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 
-        step = PoissonSampledDpEvent(self.sampling_rate, GaussianDpEvent(self.noise_multiplier))
-        return SelfComposedDpEvent(step, self.steps(rounds))
+        step = PoissonSampledDpEvent(self.accounted_rate, GaussianDpEvent(self.noise_multiplier))
+        return SelfComposedDpEvent(step, self.accounted_steps(rounds))
 
     def epsilon(self, rounds: int | None = None, *, relation: Relation = "zero-out") -> float:
         """Return epsilon after so many rounds (the whole run by default); 0 after none, infinite without noise."""
         return accounting.epsilon(
-            sampling_rate=self.sampling_rate,
+            sampling_rate=self.accounted_rate,
             noise_multiplier=self.noise_multiplier,
-            steps=self.steps(rounds),
+            steps=self.accounted_steps(rounds),
             delta=self.delta,
             relation=relation,
             interval=accounting.SHOWN,
@@ -125,6 +143,11 @@ def _check_positive(name: str, value: float) -> None:
 def _check_not_negative(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} = {value}: must be finite and at least 0")
+
+
+def _check_covers(records: int, covered: tuple[int, int] | None) -> None:
+    if covered is not None and not 1 <= covered[0] <= records <= covered[1]:
+        raise ValueError(f"accounted_records = {covered}: must enclose records = {records}")
 
 
 def _check_probability(name: str, value: float) -> None:

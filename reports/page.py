@@ -47,7 +47,8 @@ def write_report(run_dir: Path, *, released_only: bool = False) -> Path:
     plots = plots_of(run)
     page = html_of(run, plots, released_only=released_only)
     path = run_dir / ("report-released.html" if released_only else "report.html")
-    write_atomically(path, page.encode("utf-8", "replace"))
+    # With its private block the page is the experimenter's alone.
+    write_atomically(path, page.encode("utf-8", "replace"), mode=0o644 if released_only else 0o600)
     for plot in plots:
         save_png(plot, run_dir / ("private/plots" if plot.private else "plots") / f"{plot.name}.png")
     return path

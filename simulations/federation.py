@@ -22,6 +22,7 @@ from ..core.errors import InputError
 from ..core.keys import Key
 from ..core.plugins import resolve
 from ..experiment import Experiment
+from ..privacy.independence import refuse_mixing
 from ..privacy.release import EvaluationPlan
 from ..server.trained_model import make_module
 from ..tasks.partition import client_names
@@ -66,6 +67,8 @@ def virtual_federation(
     training = LocalTraining.of(experiment.train, private=private)
     module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
     model = LocalModel(module, training, device=choose_device(experiment.train.device))
+    if private:
+        refuse_mixing(model.module, next(iter(data.values())).train.inputs)
     sites = {
         name: Site(
             name=name,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..tasks.partition import partition
 from ..tasks.task import SiteData, Task
 
 CALIBRATION = "calibrating noise"
+MOST_SIZES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, 
     if privacy.unit == "none":
         return Plan(mechanisms={}, evaluation=EvaluationPlan(epsilon=None, releases=releases, classes=classes))
     emit(Phase(name=CALIBRATION, total=len(records)))
+    classes_of_size = size_classes(records.values(), train.batch_size)
     mechanisms = {}
     for name, count in records.items():
         known: dict[str, Any] = {
@@ -80,6 +83,7 @@ def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, 
             "rounds": run.rounds,
             "clipping_norm": privacy.clipping_norm,
             "delta": privacy.delta,
+            "accounted_records": classes_of_size.get(count),
         }
         if privacy.epsilon is not None:
             mechanisms[name] = RecordLevelPlan.calibrate(epsilon=privacy.epsilon, **known)
@@ -87,8 +91,28 @@ def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, 
             mechanisms[name] = RecordLevelPlan(noise_multiplier=privacy.noise_multiplier or 0.0, **known)
         emit(PhaseAdvanced(name=CALIBRATION))
     # Test records are other records than those trained on, so they may spend as much.
-    target = privacy.epsilon or privacy.epsilon_budget or max(each.epsilon() for each in set(mechanisms.values()))
+    target = privacy.epsilon or privacy.epsilon_budget or max(each.epsilon() for each in mechanisms.values())
     return Plan(mechanisms=mechanisms, evaluation=EvaluationPlan(epsilon=target, releases=releases, classes=classes))
+
+
+def size_classes(sizes: Iterable[int], batch_size: int) -> dict[int, tuple[int, int]]:
+    """Return, for each size, the (fewest, most) records that it is accounted with; empty while each has its own.
+
+    An accountant's figure takes a fraction of a second for each size. Above `MOST_SIZES` of them, sizes within a
+    constant ratio share one: the bound is that of the fewest records' sampling rate and the most records' steps.
+    """
+    distinct = sorted(set(sizes))
+    if len(distinct) <= MOST_SIZES:
+        return {}
+    # Up to one batch every record is in every step: nothing is lost by counting these as one.
+    small = [size for size in distinct if size <= batch_size]
+    large = [size for size in distinct if size > batch_size]
+    groups: dict[int, list[int]] = {-1: small} if small else {}
+    for size in large:
+        scale = math.log(large[-1] / large[0]) or 1.0
+        place = min(MOST_SIZES - 2, int((MOST_SIZES - 1) * math.log(size / large[0]) / scale))
+        groups.setdefault(place, []).append(size)
+    return {size: (group[0], group[-1]) for group in groups.values() for size in group}
 
 
 def planned_releases(rounds: int, evaluate_every: int) -> int:
@@ -97,8 +121,20 @@ def planned_releases(rounds: int, evaluate_every: int) -> int:
 
 
 def refuse_what_is_not_offered(experiment: Experiment, strategy: object) -> None:
-    """Raise InputError for a combination that only the strategy's class decides."""
-    if experiment.privacy.unit != "client":
+    """Raise InputError for a combination that only the strategy's class decides.
+
+    A strategy may say `allowed_units`, and that it `needs_counts` or `needs_metrics` in the clear.
+    """
+    unit, name = experiment.privacy.unit, type(strategy).__name__
+    for need, what in (("needs_counts", "counts of records"), ("needs_metrics", "metrics")):
+        if unit != "none" and getattr(strategy, need, False):
+            raise experiment.conflict("privacy", "unit", why=f"{name} needs clients' {what}, which are withheld")
+    allowed = getattr(strategy, "allowed_units", None)
+    if allowed is not None and unit not in allowed:
+        raise experiment.conflict(
+            "privacy", "unit", why=f"{name} goes with {' or '.join(sorted(allowed))} only; docs/strategies.md says why"
+        )
+    if unit != "client":
         return
     if not hasattr(strategy, "fold"):
         raise experiment.conflict(

@@ -118,7 +118,13 @@ class RecordLevelPlan:
         step = PoissonSampledDpEvent(self.accounted_rate, GaussianDpEvent(self.noise_multiplier))
         return SelfComposedDpEvent(step, self.accounted_steps(rounds))
 
-    def epsilon(self, rounds: int | None = None, *, relation: Relation = "zero-out") -> float:
+    def epsilon(
+        self,
+        rounds: int | None = None,
+        *,
+        relation: Relation = "zero-out",
+        interval: float = accounting.SHOWN,
+    ) -> float:
         """Return epsilon after so many rounds (the whole run by default); 0 after none, infinite without noise."""
         return accounting.epsilon(
             sampling_rate=self.accounted_rate,
@@ -126,7 +132,7 @@ class RecordLevelPlan:
             steps=self.accounted_steps(rounds),
             delta=self.delta,
             relation=relation,
-            interval=accounting.SHOWN,
+            interval=interval,
         )
 
 

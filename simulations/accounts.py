@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..privacy.accounting import epsilons
+from ..privacy.accounting import CALIBRATING
 from ..privacy.mechanism import RecordLevelPlan
 
 
@@ -18,14 +18,21 @@ class Accounts:
     def __init__(self, plans: Mapping[str, RecordLevelPlan], *, epsilon_budget: float | None = None) -> None:
         self._plans = plans
         self._budget = epsilon_budget
-        self._curves: dict[RecordLevelPlan, Sequence[float]] = {}
+        # Sites that cost the same have one curve: the first of them stands for all.
+        first: dict[tuple[float, int, float], RecordLevelPlan] = {}
+        self._like = {
+            name: first.setdefault((plan.accounted_rate, plan.accounted_steps(1), plan.noise_multiplier), plan)
+            for name, plan in plans.items()
+        }
         self.rounds = dict.fromkeys(plans, 0)
 
     def allows(self, cohort: Sequence[str]) -> bool:
         """Return whether one more round keeps each of these clients within the budget."""
         if self._budget is None:
             return all(self.rounds[name] < self._plans[name].rounds for name in cohort if name in self._plans)
-        return all(self._at(name, self.rounds[name] + 1) <= self._budget for name in cohort if name in self._plans)
+        return all(
+            _epsilon(self._like[name], self.rounds[name] + 1) <= self._budget for name in cohort if name in self._plans
+        )
 
     def charge(self, cohort: Sequence[str]) -> None:
         """Count one round for these clients."""
@@ -37,7 +44,10 @@ class Accounts:
         """Return the largest epsilon so far, None without privacy."""
         if not self._plans:
             return None
-        return max(self._at(*pair) for pair in {(name, count) for name, count in self.rounds.items()})
+        most: dict[RecordLevelPlan, int] = {}
+        for name, plan in self._like.items():
+            most[plan] = max(most.get(plan, 0), self.rounds[name])
+        return max(_epsilon(plan, count) for plan, count in most.items())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts."""
@@ -47,10 +57,10 @@ class Accounts:
         """Take up the counts."""
         self.rounds.update({name: int(count) for name, count in state["rounds"].items()})
 
-    def _at(self, name: str, count: int) -> float:
-        if count == 0:
-            return 0.0
-        plan = self._plans[name]
-        if plan not in self._curves:
-            self._curves[plan] = epsilons(plan, range(1, plan.rounds + 1))
-        return self._curves[plan][count - 1]
+
+def _epsilon(plan: RecordLevelPlan, count: int) -> float:
+    """Return an upper bound after `count` rounds that never falls: coarse on the way, exact at the end."""
+    exact = plan.epsilon()
+    if count >= plan.rounds:
+        return exact
+    return min(plan.epsilon(count, interval=CALIBRATING), exact)

@@ -195,7 +195,8 @@ class Experiment(_Table):
         given = [name for name in ("epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
         if len(given) == 2:
             raise self.conflict("privacy", "noise_multiplier", why="goes without privacy.epsilon; drop one of the two")
-        if privacy.unit == "none" and given:
+        # Said in so many words, "none" switches privacy off; a forgotten unit must not.
+        if "unit" not in privacy.model_fields_set and given:
             raise self.conflict("privacy", given[0], why='needs privacy.unit = "record"')
         if privacy.unit != "none" and not given:
             raise self.conflict("privacy", "unit", why="needs privacy.epsilon or privacy.noise_multiplier")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,4 +43,6 @@ def simulate(
         print_json(result.record)
     else:
         print_summary(result.run_dir)
+    if result.status == "interrupted":
+        print(f"to go on: bract simulate --resume {result.run_dir}", file=sys.stderr)
     return result.exit_status

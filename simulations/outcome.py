@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,11 +30,15 @@ def conclude(
     status: str,
     error: BractError | None,
     keeps_best: bool,
-    seconds: float,
+    started: float,
+    training_seconds: float,
     make_strategy: Callable[[], Strategy],
     emit: Listener,
 ) -> Result:
-    """Write what the run leaves, and return its result; `keeps_best` takes the model that was evaluated best."""
+    """Write what the run leaves, and return its result.
+
+    `keeps_best` takes the model that was evaluated best; `started` is the run's time.monotonic().
+    """
     directory, experiment = assembly.directory, assembly.experiment
     arrays, histograms = progress.arrays, progress.histograms
     if keeps_best and progress.best_arrays:
@@ -64,8 +69,8 @@ def conclude(
         "metrics": evaluation.metrics if evaluation else {},
         "guarantee": guarantee.to_dict(),
         "model_sha256": directory.save_model(_state(module)),
-        "seconds": round(seconds, 3),
-        "clients_per_second": round(progress.trained / seconds, 3),
+        "seconds": round(time.monotonic() - started, 3),
+        "clients_per_second": round(progress.trained / training_seconds, 3),
         "released": evaluation.to_dict() if evaluation else None,
         "error": {"code": error.code, "sentence": error.sentence} if error else None,
     }

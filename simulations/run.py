@@ -117,6 +117,7 @@ class Simulation:
             )
             for note in assembly.federation.notes:
                 self._emit(Notice(text=note))
+            training = time.monotonic()
             try:
                 status = loop.run(progress)
                 loop.evaluate_at_the_end(progress)
@@ -124,6 +125,7 @@ class Simulation:
                 status = "interrupted"
             except BractError as failure:
                 status, error = "failed", failure
+            training_seconds = time.monotonic() - training
             self._save(progress, lambda: loop.checkpoint(progress))
             result = conclude(
                 assembly,
@@ -131,7 +133,8 @@ class Simulation:
                 status=status,
                 error=error,
                 keeps_best=loop.rules.patience > 0,
-                seconds=time.monotonic() - started,
+                started=started,
+                training_seconds=training_seconds,
                 make_strategy=self._make_strategy,
                 emit=self._emit,
             )

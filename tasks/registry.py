@@ -64,6 +64,12 @@ BUILT_IN: Mapping[str, _BuiltIn] = {
         _built_in(
             "synthetic", "synthetic:Synthetic", ("logistic", "mlp"), "any number of clients and records, from a seed"
         ),
+        _built_in(
+            "fashion-mnist",
+            "fashion_mnist:FashionMnist",
+            ("mlp", "small", "cnn"),
+            "70,000 images of clothes of 28x28 pixels (Debian's dataset-fashion-mnist)",
+        ),
     )
 }
 

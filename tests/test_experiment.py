@@ -91,7 +91,6 @@ def test_value_out_of_range_names_file_line_and_mend(path):
         ("train.batch_size=true", "experiment-value", "whole number"),
         ("privacy.noise_multiplier=1.0", "experiment-conflict", "drop one of the two"),
         ("clients.per_round=11", "experiment-conflict", "at most clients.count, 10"),
-        ("privacy.unit=none", "experiment-conflict", 'needs privacy.unit = "record"'),
         ("train.buffers=['*']", "experiment-conflict", "no mechanism covers a buffer"),
         ("server.patience=2", "experiment-conflict", "needs server.evaluate_every"),
         ("privacy.epsilon_budget=3", "experiment-conflict", "noise_multiplier"),
@@ -138,3 +137,9 @@ def test_broken_and_missing_files(path, tmp_path):
 )
 def test_lines_are_found_by_table_and_key(key, line):
     assert toml.line_of(FILE, key) == line
+
+
+def test_an_epsilon_without_a_unit_is_refused_and_none_in_words_switches_privacy_off(path):
+    path.write_text(FILE.replace('unit = "record"\n', ""))
+    assert 'needs privacy.unit = "record"' in refused(path, code="experiment-conflict")
+    assert Experiment.load(path, overrides=["privacy.unit=none"]).privacy.unit == "none"

@@ -43,7 +43,9 @@ class SharedData:
 
 def _together(parts: Sequence[Examples]) -> Examples:
     def shared(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).share_memory_()
+        together = torch.cat(tensors)
+        together.share_memory_()
+        return together
 
     return Examples(shared([part.inputs for part in parts]), shared([part.targets for part in parts]))
 

@@ -244,7 +244,10 @@ def work(connection: Connection, recipe: Recipe) -> None:
                 _serve(federation.app, order, contents[order.content], fold, total, isolate=recipe.isolate)
                 for order in chunk
             ]
-            connection.send_bytes(pickle.dumps((outcomes, total), protocol=pickle.HIGHEST_PROTOCOL))
+            try:
+                connection.send_bytes(pickle.dumps((outcomes, total), protocol=pickle.HIGHEST_PROTOCOL))
+            except OSError:  # the main process was killed: nobody asks any more
+                return
 
 
 def _serve(

@@ -101,7 +101,7 @@ def test_a_signal_is_exit_130_with_a_checkpoint_and_says_how_to_go_on(folder, nu
         (["simulate", "tiny.toml", "--set", "task.recrods=3"], 2, "did you mean 'records'?"),
         (["simulate", "tiny.toml", "--resume", "x"], 2, "--resume RUN: goes alone"),
         (["simulate", "--resume", "nowhere"], 2, "no run of bract here"),
-        (["plan", "tiny.toml", "--set", "privacy.delta=2"], 2, "privacy.delta = 2: must be below 1 (tiny.toml, line 13)"),
+        (["plan", "tiny.toml", "--set", "privacy.delta=2"], 2, "delta = 2: must be below 1 (tiny.toml, line 13)"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(folder, arguments, code, says):

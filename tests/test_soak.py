@@ -23,7 +23,8 @@ path, out = sys.argv[1:]
 listeners = [lambda event: print(type(event).__name__, flush=True)]
 from pathlib import Path
 begun = (Path(out) / "manifest.json").exists()
-result = bract.simulate(resume=out, listeners=listeners) if begun else bract.simulate(path, out=out, listeners=listeners)
+where = {"resume": out} if begun else {"source": path, "out": out}
+result = bract.simulate(**where, listeners=listeners)
 print("sha", result.model_sha256, flush=True)
 """
 

@@ -95,7 +95,7 @@ def pair(args: argparse.Namespace) -> None:
 
 
 def _line(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")

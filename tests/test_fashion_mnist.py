@@ -1,4 +1,4 @@
-"""Fashion-MNIST: IDX files and .npz of any size, the published split, the peers' models, and what is said if missing."""
+"""Fashion-MNIST: IDX files and .npz of any size, the published split, the peers' models, and missing files."""
 
 from __future__ import annotations
 

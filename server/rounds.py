@@ -111,8 +111,8 @@ class RoundLoop:
             self.budget.charge(names)
             try:
                 progress.arrays, record = self._train(number, cohort, progress.arrays, layout)
-            except KeyboardInterrupt:
-                # The round will be trained again, on the same model with the same noise: it is spent once.
+            except BaseException:
+                # Nothing of it was released, and a resumed run trains it on the same model with the same noise.
                 self.budget.load_state_dict(spent)
                 raise
             progress.round = number

@@ -28,24 +28,28 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @staticmethod
+    def free(path: Path | None, name: str) -> Path:
+        """Return where a new run may go, by default `runs/<time>-<name>`; raises InputError if that is taken."""
+        if path is None:
+            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+            return _unused(Path("runs") / f"{stamp}-{name}")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError("run-exists", f"{path}: is taken; choose another --out, or go on with it by --resume")
+        return path
+
     @classmethod
-    def create(cls, experiment: Experiment, *, out: Path | None = None) -> RunDirectory:
+    def create(cls, path: Path, experiment: Experiment, key: Key) -> RunDirectory:
         """Make the folder, its private part (0700), its secret key (0600) and the resolved experiment."""
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        path = out or _unused(Path("runs") / f"{stamp}-{experiment.experiment.name}")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise InputError(
-                    "run-exists", f"{path}: is not empty; choose another --out, or go on with it by --resume"
-                )
             (path / "checkpoint").mkdir(mode=0o700)
             (path / "private").mkdir(mode=0o700)
             (path / "plots").mkdir()
         except OSError as error:
             raise InputError("run-unwritable", f"{path}: cannot be made ({error.strerror})") from error
         run = cls(path)
-        run.write("private/key", Key.fresh().secret.hex() + "\n", mode=0o600)
+        run.write("private/key", key.secret.hex() + "\n", mode=0o600)
         run.write("experiment.toml", experiment.to_toml())
         return run
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,16 +60,18 @@ def assemble(
     noise over other gradients would reveal their difference. `given` objects (of a notebook) train in this process,
     as a worker could not find them. Raises InputError.
     """
+    free = None if existing else RunDirectory.free(out, experiment.experiment.name)
     data = load_clients(experiment, task) if task else {}
-    directory = existing or RunDirectory.create(experiment, out=out)
-    secret = experiment.privacy.randomness == "secret"
-    key = directory.key() if secret else Key.from_seed(experiment.experiment.seed)
+    secret = existing.key() if existing else Key.fresh()
+    key = secret if experiment.privacy.randomness == "secret" else Key.from_seed(experiment.experiment.seed)
     counts = {name: len(site.train) for name, site in data.items()}
     plan = make_plan(experiment, counts, len(task.classes) if task else 2, emit)
     if task is None:
         federation = flower_federation(experiment)
     else:
         federation = virtual_federation(experiment, task, data, plan, key=key)
+    # Made last: what was refused until here leaves no folder behind.
+    directory = existing or RunDirectory.create(cast(Path, free), experiment, secret)
     workers = worker_count(
         experiment,
         clients=len(federation.names),
@@ -113,6 +117,7 @@ def _describe(assembly: Assembly, *, resumed: bool) -> None:
     )
     origin = {
         "folder": str((experiment.folder or Path()).resolve()),
+        "experiment": hashlib.sha256(experiment.to_toml().encode()).hexdigest(),
         # A digest of private data would let a guess of the data be checked, so it stays in private/.
         "data": digest(_tensors(assembly.data)),
         "initial model": digest(federation.initial),
@@ -123,7 +128,7 @@ def _describe(assembly: Assembly, *, resumed: bool) -> None:
         return
     refuse_other_software(directory.read_json("manifest.json"), description)
     before = directory.read_json("private/origin.json")
-    for part in ("data", "initial model"):
+    for part in ("experiment", "data", "initial model"):
         if before.get(part) != origin[part]:
             raise InputError(
                 "run-changed",

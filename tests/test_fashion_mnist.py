@@ -103,7 +103,6 @@ def test_models_are_those_of_the_peers(model: str, folder: Path) -> None:
     theirs.load_state_dict(dict(zip(theirs.state_dict(), tensors, strict=True)))
     normalised = (site.test.inputs.float() / 255 - 0.2860) / 0.3530
     assert torch.allclose(ours(site.test.inputs), theirs(normalised), atol=1e-5)
-    # Channels-last or not, gradients are the same.
     for network, inputs in ((ours, site.test.inputs), (theirs, normalised)):
         FashionMnist().loss(network(inputs), site.test.targets).mean().backward()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):

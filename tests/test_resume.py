@@ -166,6 +166,23 @@ def test_other_data_are_refused(tiny, tmp_path):
     assert caught.value.code == "run-changed" and "data" in caught.value.sentence
 
 
+def test_an_experiment_that_was_edited_is_refused(tiny, tmp_path):
+    """Another clipping norm under the same noise would reveal a gradient."""
+    bract.simulate(tiny(**SECRET), out=tmp_path / "run", listeners=[InterruptAfter(2)])
+    path = tmp_path / "run" / "experiment.toml"
+    path.write_text(path.read_text().replace("clipping_norm = 1.0", "clipping_norm = 1.5"))
+    with pytest.raises(InputError) as caught:
+        bract.simulate(resume=tmp_path / "run")
+    assert caught.value.code == "run-changed" and "experiment" in caught.value.sentence
+
+
+def test_a_completed_run_resumes_to_itself(tiny, tmp_path):
+    first = bract.simulate(tiny(**SECRET), out=tmp_path / "run")
+    again = bract.simulate(resume=tmp_path / "run")
+    assert (again.status, again.model_sha256, again.metrics) == ("completed", first.model_sha256, first.metrics)
+    assert again.guarantee == first.guarantee
+
+
 def test_other_software_is_refused(tiny, tmp_path):
     bract.simulate(tiny(), out=tmp_path / "run", listeners=[InterruptAfter(2)])
     path = tmp_path / "run" / "manifest.json"

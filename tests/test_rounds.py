@@ -221,3 +221,4 @@ def test_what_cannot_be_is_refused_in_one_sentence(tiny, tmp_path, keys, says):
     with pytest.raises(InputError) as caught:
         bract.simulate(tiny(**keys), out=tmp_path / "run")
     assert says in caught.value.sentence and "\n" not in caught.value.sentence
+    assert not (tmp_path / "run").exists(), "what is refused leaves no folder behind"

@@ -25,6 +25,7 @@ def resolve(path: str, *, folder: Path | None, key: str) -> Any:
     if not separator or not module_name or not name:
         raise InputError("plugin-missing", f'{key} = "{path}": write it as "package.module:Name"')
     with _first_on_path(folder):
+        _forget_namesake(module_name.partition(".")[0], folder)
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -78,6 +79,17 @@ def construct(factory: Callable[..., Any], keywords: Mapping[str, Any], *, table
         return factory(**keywords)
     except (TypeError, ValueError) as error:
         raise InputError("experiment-value", f"{table}: {error}{place}") from error
+
+
+def _forget_namesake(name: str, folder: Path | None) -> None:
+    """Drop an imported module of this name that lies elsewhere: each experiment means the one beside it."""
+    if folder is None or name not in sys.modules:
+        return
+    own = [folder.resolve() / f"{name}.py", folder.resolve() / name / "__init__.py"]
+    imported = getattr(sys.modules[name], "__file__", None)
+    if any(path.exists() for path in own) and imported is not None and Path(imported).resolve() not in own:
+        for module in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[module]
 
 
 @contextmanager

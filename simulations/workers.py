@@ -222,6 +222,9 @@ def work(connection: Connection, recipe: Recipe) -> None:
 
     # Ctrl-C reaches the whole group of processes; the main process decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if recipe.folder is not None:
+        # A fold of the user's own class is found by its module's name.
+        sys.path.insert(0, str(recipe.folder.resolve()))
     with reproducible(), flower.quiet():
         flower.identify_process(run_id=1)
         try:

@@ -147,3 +147,14 @@ def test_own_strategies_are_found_by_entry_point(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert [info.origin for info in available_strategies() if info.name == "plugged"] == ["plugged"]
     assert isinstance(load_strategy("plugged", {}), FedAvg)
+
+
+def test_two_folders_may_name_their_modules_alike(tmp_path):
+    """Each experiment means the module beside it, whichever was imported first."""
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "alike.py").write_text(
+            f"from bract.strategies.fedavg import FedAvg\nclass Mine(FedAvg):\n    number = {number}\n"
+        )
+    found = [load_strategy("alike:Mine", {}, folder=tmp_path / str(number)).number for number in (1, 2, 1)]
+    assert found == [1, 2, 1]

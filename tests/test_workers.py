@@ -36,7 +36,7 @@ class Deadly(Synthetic):
 
 def children():
     """Return the ids of this process' children of the workers' kind, and of their children."""
-    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     table = [line.split(None, 2) for line in out.splitlines()[1:]]
     mine, found = {os.getpid()}, set()
     for _ in range(3):

@@ -25,6 +25,9 @@ def simulate(
         Path | None, typer.Option(metavar="DIR", help="The run directory; by default runs/<time>-<name>.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Also write to tensorboard or mlflow; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Train over virtual clients and leave a run directory with model, guarantee and report."""
@@ -36,9 +39,14 @@ def simulate(
     with status("loading torch, opacus and flwr"):
         from ..reports.progress import Progress
         from ..reports.summary import print_summary
+        from ..reports.tracking import tracking
+        from ..server.events import Notice
         from ..simulations.run import simulate as run
-    with Progress() as progress:
-        result = run(experiment, out=out, resume=resume, listeners=[progress])
+    with (
+        Progress() as progress,
+        tracking(track or (), warn=lambda text: progress(Notice(text=text))) as trackers,
+    ):
+        result = run(experiment, out=out, resume=resume, listeners=[progress, *trackers])
     if as_json:
         print_json(result.record)
     else:

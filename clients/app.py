@@ -9,15 +9,19 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from ..core.errors import RunError
 from ..core.keys import Key
-from ..core.parameters import record_of
+from ..core.parameters import Arrays, digest, record_of
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan, histogram, release
+from ..strategies.local_rule import LocalRound, LocalSession, Sent
 from ..tasks.task import SiteData, Task
 from . import sequential
-from .gate import Gate, personal_of
+from .gate import Gate, kept_of
 from .local_model import LocalModel
 from .training import LocalTraining
+
+PERSONAL = "personal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,42 +40,89 @@ def client_app(
 ) -> ClientApp:
     """Return the app that serves these sites with one resident model; `node_config["name"]` says which.
 
-    A site's randomness is keyed by the round, and under privacy also by the model that it was sent: the same round
-    with another model draws other batches and other noise, a repeated round with the same model the same ones.
+    Training follows the gate's rule. A site's randomness is keyed by the round, and under privacy also by all that
+    the round starts from (the model, what came beside it, what the client kept): the same round from elsewhere draws
+    other batches and other noise, a repeated round from the same place the same ones.
     """
     app = ClientApp()
+    rule = gate.rule
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         site = sites[str(context.node_config["name"])]
-        model.load(gate.admit(message), personal_of(context.state))
-        sequential.train(
-            model,
-            task.loss,
-            site.data.train,
-            training,
-            plan=site.plan,
-            key=_message_key(site, message, "train"),
+        shared, received = gate.admit(message), gate.admit_beside(message)
+        kept = kept_of(context.state, (PERSONAL, *rule.keeps))
+        key = _message_key(site, message, "train", {"shared": shared, **received}, kept)
+        state = {name: kept[name] for name in rule.keeps if name in kept}
+        records = site.data.train
+        model.load(shared, kept.get(PERSONAL))
+
+        def loss() -> float:
+            _refuse_under_privacy(site, "the loss of its records")
+            return sequential.mean_loss(model, task.loss, records)
+
+        def train_again(session: LocalSession) -> None:
+            _refuse_under_privacy(site, "training that the privacy plan does not count")
+            again = key.child("again")
+            sequential.train(model, task.loss, records, training, plan=None, key=again, session=session)
+
+        round = LocalRound(
+            shared=model.shared,
+            parameters=model.trained,
+            personal=model.personal,
+            received=received,
+            state=state,
+            steps=sequential.steps_of(len(records), training, site.plan),
+            epochs=training.epochs,
+            learning_rate=training.learning_rate,
+            momentum=training.momentum,
+            loss=loss,
+            train=train_again,
         )
-        reply = gate.release_update(message, model.shared_arrays(), records=len(site.data.train))
-        if model.personal:
-            context.state["personal"] = record_of(model.personal_arrays())
+        session = rule.session(round)
+        sequential.train(model, task.loss, records, training, plan=site.plan, key=key, session=session)
+        update, personal = model.shared_arrays(), model.personal_arrays()
+        sent = session.finish()
+        beside = Sent(arrays={name: model.beside(arrays) for name, arrays in sent.arrays.items()}, numbers=sent.numbers)
+        reply = gate.release_update(message, update, records=len(records), sent=beside)
+        for name in sorted(set(state) - set(rule.keeps)):
+            raise RunError("strategy-failed", f"the strategy's local rule keeps {name!r}, which it did not declare")
+        for name, arrays in {**state, **({PERSONAL: personal} if personal else {})}.items():
+            context.state[name] = record_of(arrays)
         return reply
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         site = sites[str(context.node_config["name"])]
-        model.load(gate.admit(message), personal_of(context.state))
+        shared = gate.admit(message)
+        kept = kept_of(context.state, (PERSONAL, *rule.keeps))
+        model.load(shared, kept.get(PERSONAL))
+        rule.adopt(model.shared, kept)
         probabilities = sequential.predict(model, task.probabilities, site.data.test.inputs)
         counts = histogram(probabilities, site.data.test.targets, site.evaluation)
-        key = _message_key(site, message, "evaluate")
+        key = _message_key(site, message, "evaluate", {"shared": shared}, kept)
         return gate.release_histogram(message, release(counts, site.evaluation, key.stream()))
 
     return app
 
 
-def _message_key(site: Site, message: Message, purpose: str) -> Key:
+def _message_key(
+    site: Site, message: Message, purpose: str, received: Mapping[str, Arrays], kept: Mapping[str, Arrays]
+) -> Key:
     config: Any = message.content["config"]
     key = site.key.child(purpose, int(config["server-round"]))
-    # The same noise over two models' gradients would reveal their difference.
-    return key if site.plan is None else key.child(str(config["model-version"]))
+    if site.plan is None:
+        return key
+    # The same noise over two models' gradients would reveal their difference, and the server's word that a model is
+    # the same is not enough.
+    key = key.child(str(config.get("model-version", "")))
+    for origin, records in (("received", received), ("kept", kept)):
+        for name in sorted(records):
+            key = key.child(origin, name, digest(records[name]))
+    return key
+
+
+def _refuse_under_privacy(site: Site, what: str) -> None:
+    """Raise RunError where a plan accounts for all that is done with the site's records."""
+    if site.plan is not None:
+        raise RunError("strategy-failed", f"the strategy asks for {what}, which a client under privacy withholds")

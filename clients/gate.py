@@ -6,7 +6,8 @@ declares as released in the clear; errors leave as a code and a fixed sentence, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..core import flower
 from ..core.errors import CATALOGUE, BractError, RunError
 from ..core.parameters import Arrays, Layout, arrays_of, record_of
 from ..strategies.fedavg import COUNT_KEY
+from ..strategies.local_rule import PLAIN, LocalRule, Sent
 
 HISTOGRAM_KEY = "histogram"
 # Codes of failures whose sentence says nothing about a record; any other leaves as `client-failed`.
@@ -25,10 +27,14 @@ _PUBLIC_CODES = ("reply-invalid", "value-out-of-range")
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """What may pass: tensors of this layout, and counts of records only where they are not withheld."""
+    """What may pass: tensors of this layout, counts of records only where they are not withheld, and what `rule` names.
+
+    Each record of arrays that the rule sends or receives has the model's layout, and each number is finite.
+    """
 
     layout: Layout
     withhold_counts: bool
+    rule: LocalRule = PLAIN
 
     def admit(self, message: Message) -> dict[str, NDArray[np.generic]]:
         """Return the arrays of a message; raises RunError unless they are finite and fit the model."""
@@ -36,14 +42,44 @@ class Gate:
         self._check(arrays)
         return arrays
 
-    def release_update(self, message: Message, arrays: Arrays, *, records: int) -> Message:
-        """Return the reply to a train message: the model's shared tensors, and a weight.
+    def admit_beside(self, message: Message) -> dict[str, Arrays]:
+        """Return the records of arrays that the rule receives beside the model, checked like it."""
+        received: dict[str, Arrays] = {}
+        for name in self.rule.receives:
+            record = message.content.get(name)
+            if not isinstance(record, ArrayRecord):
+                raise RunError("reply-invalid", f"the message holds no record {name!r}, which the strategy sends")
+            received[name] = arrays_of(record)
+            self._check(received[name])
+        return received
+
+    def release_update(self, message: Message, arrays: Arrays, *, records: int, sent: Sent | None = None) -> Message:
+        """Return the reply to a train message: the model's shared tensors, a weight, and exactly what the rule names.
 
         The weight is the number of records, or 1 where counts are withheld.
         """
+        sent = sent or Sent()
         self._check(arrays)
-        metrics = MetricRecord({COUNT_KEY: 1 if self.withhold_counts else records})
-        return Message(RecordDict({"arrays": record_of(arrays), "metrics": metrics}), reply_to=message)
+        for kind, found, named in (
+            ("record", sent.arrays, self.rule.sends),
+            ("number", sent.numbers, self.rule.reports),
+        ):
+            for name in sorted(set(found) ^ set(named)):
+                raise RunError("reply-invalid", f"the {kind} {name!r} is missing or was not declared by the strategy")
+        for beside in sent.arrays.values():
+            self._check(beside)
+        for name, value in sent.numbers.items():
+            if not math.isfinite(value):
+                raise RunError("value-out-of-range", f"the number {name!r} is not finite")
+        weight = 1 if self.withhold_counts else records
+        content = RecordDict(
+            {
+                "arrays": record_of(arrays),
+                **{name: record_of(beside) for name, beside in sent.arrays.items()},
+                "metrics": MetricRecord({COUNT_KEY: weight, **sent.numbers}),
+            }
+        )
+        return Message(content, reply_to=message)
 
     def release_histogram(self, message: Message, released: NDArray[np.int64]) -> Message:
         """Return the reply to an evaluate message: a histogram that the release mechanism made."""
@@ -73,7 +109,7 @@ def histogram_of(content: RecordDict, shape: tuple[int, ...]) -> NDArray[np.int6
     raise RunError("reply-invalid", "the reply holds no histogram of the planned shape")
 
 
-def personal_of(state: Mapping[str, object]) -> dict[str, NDArray[np.generic]] | None:
-    """Return the personal tensors that a client kept in its Flower context, if it did."""
-    record = state.get("personal")
-    return arrays_of(record) if isinstance(record, ArrayRecord) else None
+def kept_of(state: Mapping[str, object], names: Iterable[str]) -> dict[str, Arrays]:
+    """Return the records of arrays with these names that a client kept in its Flower context."""
+    records = {name: state.get(name) for name in names}
+    return {name: arrays_of(record) for name, record in records.items() if isinstance(record, ArrayRecord)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.parameters import Arrays, Layout
 from ..privacy.layers import make_private
+from ..strategies.local_rule import arrays_like
 from ..tasks.task import Task, initial_model
 from .training import LocalTraining
 
@@ -20,10 +21,19 @@ from .training import LocalTraining
 class LocalModel:
     """A module whose tensors are shared, personal, or at rest (frozen parameters, buffers that do not travel).
 
-    One module serves all virtual clients of a process: `load` makes it one client's.
+    One module serves all virtual clients of a process: `load` makes it one client's. Buffers that match
+    `training.personal` stay with the client too, unless `keep_buffers` is False: under privacy no mechanism covers
+    what they would carry into its metrics.
     """
 
-    def __init__(self, module: nn.Module, training: LocalTraining, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        training: LocalTraining,
+        *,
+        device: torch.device | None = None,
+        keep_buffers: bool = True,
+    ) -> None:
         _refuse_unused_patterns(module, training)
         for name, parameter in module.named_parameters():
             if _matches(name, training.frozen):
@@ -32,16 +42,19 @@ class LocalModel:
         self.device = device or torch.device("cpu")
         parameters = dict(self.module.named_parameters())
         trainable = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        buffers = dict(self.module.named_buffers())
         travelling = dict(_travelling_buffers(self.module, training))
         self.personal: dict[str, Tensor] = {
-            name: tensor for name, tensor in trainable.items() if _matches(name, training.personal)
+            name: tensor
+            for name, tensor in {**trainable, **(buffers if keep_buffers else {})}.items()
+            if _matches(name, training.personal)
         }
         self.shared: dict[str, Tensor] = {
             name: tensor for name, tensor in {**trainable, **travelling}.items() if name not in self.personal
         }
         if not any(isinstance(tensor, nn.Parameter) for tensor in self.shared.values()):
             raise InputError("experiment-conflict", "train.personal and train.frozen leave no parameter to share")
-        at_rest = {name: buffer for name, buffer in self.module.named_buffers() if name not in travelling}
+        at_rest = {name: buffer for name, buffer in buffers.items() if name not in travelling}
         # What a client changes and does not send is put back before the next client trains.
         self._initial = {name: tensor.detach().clone() for name, tensor in {**at_rest, **self.personal}.items()}
         self.layout = Layout.of(self.shared_arrays())
@@ -50,6 +63,11 @@ class LocalModel:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained: shared and personal ones."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """What travels and is trained: the shared tensors without buffers."""
+        return {name: tensor for name, tensor in self.shared.items() if isinstance(tensor, nn.Parameter)}
 
     def load(self, shared: Arrays, personal: Arrays | None = None) -> None:
         """Make the module a client's: shared tensors as sent, personal ones as it kept them, all else initial."""
@@ -63,11 +81,16 @@ class LocalModel:
 
     def shared_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return copies of the tensors that travel."""
-        return {name: _array(tensor) for name, tensor in self.shared.items()}
+        return arrays_like(self.shared)
+
+    def beside(self, arrays: Arrays) -> dict[str, NDArray[np.generic]]:
+        """Return arrays laid out like what travels: those given, zeros for the rest."""
+        rest = {name: np.zeros_like(array) for name, array in self.shared_arrays().items() if name not in arrays}
+        return {**rest, **arrays}
 
     def personal_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return copies of the tensors that stay with the client."""
-        return {name: _array(tensor) for name, tensor in self.personal.items()}
+        return arrays_like(self.personal)
 
 
 def _copy(tensors: Mapping[str, Tensor], arrays: Arrays) -> None:
@@ -75,13 +98,6 @@ def _copy(tensors: Mapping[str, Tensor], arrays: Arrays) -> None:
         # Arrays from a message may be read-only, which torch warns of; copy_ does not write to its source.
         array = arrays[name]
         tensor.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
-
-
-def _array(tensor: Tensor) -> NDArray[np.generic]:
-    detached = tensor.detach()
-    # numpy has no bfloat16; float32 holds its values exactly.
-    detached = detached.float() if detached.dtype == torch.bfloat16 else detached
-    return np.array(detached.cpu().numpy())
 
 
 def _travelling_buffers(module: nn.Module, training: LocalTraining) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +117,7 @@ def _refuse_unused_patterns(module: nn.Module, training: LocalTraining) -> None:
     parameters = [name for name, _ in module.named_parameters()]
     buffers = [name for name, _ in module.named_buffers()]
     for key, patterns, names in (
-        ("personal", training.personal, parameters),
+        ("personal", training.personal, parameters + buffers),
         ("frozen", training.frozen, parameters),
         ("buffers", training.buffers or (), buffers),
     ):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.keys import Key
 from ..privacy.dpsgd import DPSGD, poisson_batches
 from ..privacy.mechanism import RecordLevelPlan
+from ..strategies.local_rule import LocalSession
 from ..tasks.task import Examples
 from .local_model import LocalModel
 from .training import LocalTraining
@@ -25,11 +26,13 @@ def train(
     *,
     plan: RecordLevelPlan | None,
     key: Key,
+    session: LocalSession | None = None,
 ) -> None:
-    """Train the module in place for one round, with DP-SGD if there is a plan.
+    """Train the module in place for one round, with DP-SGD if there is a plan; `session` corrects each gradient.
 
     All randomness comes from `key`: batches, noise, and the seed of torch's generator (dropout), which is put back.
     """
+    correct = session.correct if session else _leave
     optimizer = training.make_optimizer(model.parameters)
     model.module.train()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -40,9 +43,11 @@ def train(
                 optimizer.zero_grad()
                 inputs, targets = _on_device(examples, batch, model.device)
                 loss(model.module(inputs), targets).mean().backward()
+                correct()
                 optimizer.step()
         else:
-            with DPSGD(model.module, optimizer, plan=plan, noise=key.child("noise").stream()) as private:
+            noise = key.child("noise").stream()
+            with DPSGD(model.module, optimizer, plan=plan, noise=noise, correct=correct) as private:
                 for batch in poisson_batches(plan, key.child("batches").stream()):
                     inputs, targets = _on_device(examples, batch, model.device)
                     private.step(inputs, targets, loss)
@@ -58,11 +63,31 @@ def predict(model: LocalModel, probabilities: Callable[[Tensor], Tensor], inputs
     return torch.cat(outputs) if outputs else torch.zeros(0, 0)
 
 
+@torch.no_grad()
+def mean_loss(model: LocalModel, loss: Loss, examples: Examples) -> float:
+    """Return the mean loss of the module on examples, as it stands: exact, and so for nobody else under privacy."""
+    model.module.eval()
+    total = 0.0
+    for indices in torch.arange(len(examples)).split(1024):
+        inputs, targets = _on_device(examples, indices, model.device)
+        total += float(loss(model.module(inputs), targets).double().sum())
+    return total / max(1, len(examples))
+
+
+def steps_of(records: int, training: LocalTraining, plan: RecordLevelPlan | None) -> int:
+    """Return how many steps `train` takes; under privacy that is the plan's number."""
+    return plan.steps_per_round if plan else training.epochs * -(-records // training.batch_size)
+
+
 def shuffled_batches(records: int, training: LocalTraining, key: Key) -> Iterator[Tensor]:
     """Yield index batches of `training.epochs` passes over the records, each in a new order."""
     for epoch in range(training.epochs):
         order = torch.from_numpy(key.child(epoch).stream().permutation(records))
         yield from order.split(training.batch_size)
+
+
+def _leave() -> None:
+    """Correct nothing."""
 
 
 def _on_device(examples: Examples, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,14 @@ def without_arrays(content: RecordDict) -> RecordDict:
     return RecordDict({name: record for name, record in content.items() if not isinstance(record, ArrayRecord)})
 
 
+def copy_records(content: RecordDict) -> RecordDict:
+    """Return records of its own over the same arrays, whose bytes nobody changes in place."""
+    from flwr.app import RecordDict
+
+    copies: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore[arg-type]
+    return RecordDict(copies)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Flower's log below errors: bract shows its own progress."""

@@ -46,6 +46,11 @@ class Layout:
         """Number of elements of the flat vector."""
         return sum(self.sizes)
 
+    @cached_property
+    def whole(self) -> NDArray[np.bool_]:
+        """Which values of the flat vector are whole numbers, such as a count of batches."""
+        return np.repeat(np.array([np.dtype(dtype).kind in "iub" for dtype in self.dtypes], dtype=bool), self.sizes)
+
     def check(self, arrays: Arrays) -> None:
         """Raise RunError `reply-invalid` unless names, shapes and types are those of the layout."""
         if set(arrays) != set(self.names):

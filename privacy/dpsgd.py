@@ -42,7 +42,14 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
     (NaN, infinite, huge); N(0, noise_deviation²) is added to every coordinate of the sum.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, plan: RecordLevelPlan, noise: Stream) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: RecordLevelPlan,
+        noise: Stream,
+        correct: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(
             optimizer,
             noise_multiplier=plan.noise_multiplier,
@@ -52,13 +59,15 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         self._noise = noise
         self._deviation = plan.noise_deviation
         self._parameters = list(self.params)
+        self._correct = correct
         self.examples = 0
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Set every gradient to (Σ clip(g_i) + noise) / expected batch."""
+        """Set every gradient to (Σ clip(g_i) + noise) / expected batch, and let it be corrected."""
         self.clip_and_accumulate()
         self.add_noise()
         self.scale_grad()
+        self._correct()
         return True
 
     def clip_and_accumulate(self) -> None:
@@ -108,13 +117,21 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
 class DPSGD:
     """One round's DP-SGD on a module, as a context manager; on leaving it the module is as Opacus never was there.
 
-    `optimizer` works on the noised gradient, so momentum and L2 are post-processing. `noise` is this round's own
-    stream. The module must be one that `privacy.layers.make_private` returned.
+    `optimizer` works on the noised gradient, so momentum and L2 are post-processing; so is `correct`, which is called
+    in each step when the noised gradient is there, and must read nothing else of the records. `noise` is this round's
+    own stream. The module must be one that `privacy.layers.make_private` returned.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, plan: RecordLevelPlan, noise: Stream
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: RecordLevelPlan,
+        noise: Stream,
+        correct: Callable[[], None] = lambda: None,
     ) -> None:
+        self._correct = correct
         self._module = module
         self._optimizer = optimizer
         self._plan = plan
@@ -127,7 +144,7 @@ class DPSGD:
             self._wrapped = GradSampleModule(self._module, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             raise RunError("model-not-private", f"train.model: {str(error).splitlines()[0]}") from error
-        self._private = StreamOptimizer(self._optimizer, plan=self._plan, noise=self._noise)
+        self._private = StreamOptimizer(self._optimizer, plan=self._plan, noise=self._noise, correct=self._correct)
         return self
 
     def __exit__(

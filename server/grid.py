@@ -141,6 +141,11 @@ class CohortGrid(RoundGrid):
         """Return the cohort's node ids."""
         return list(self._cohort)
 
+    @property
+    def population(self) -> int:
+        """The number of all clients, drawn or not, which some strategies divide by."""
+        return len(list(self._grid.get_node_ids()))
+
     def exchange(self, messages: Iterable[Message], **options: Any) -> Exchange:
         """Exchange over the grid behind the view."""
         return self._grid.exchange(messages, **options)

@@ -75,7 +75,8 @@ class Progress:
 class RoundLoop:
     """Everything that a run of rounds needs; `run` goes through them.
 
-    `clients` maps node ids to names, in order. `after_round` gets the progress and what makes the checkpoint.
+    `clients` maps node ids to names, in order. `remember_clients` returns what puts clients' states back to what they
+    are when it is called. `after_round` gets the progress and what makes the checkpoint.
     """
 
     strategy: Strategy
@@ -89,6 +90,7 @@ class RoundLoop:
     strategy_evaluates: bool = False
     strategy_seed: int = 0
     client_states: Callable[[], dict[str, Any]] = dict
+    remember_clients: Callable[[], Callable[[], None]] = lambda: lambda: None
     should_stop: Callable[[], bool] = lambda: False
     after_round: Callable[[Progress, Callable[[], Checkpoint]], None] = lambda progress, make: None
     on_strategy_error: Callable[[Exception], None] = lambda error: None
@@ -109,11 +111,13 @@ class RoundLoop:
             started, spent = time.perf_counter(), self.budget.state_dict()
             self.emit(RoundStarted(round=number, cohort=len(cohort)))
             self.budget.charge(names)
+            forget_round = self.remember_clients()
             try:
                 progress.arrays, record = self._train(number, cohort, progress.arrays, layout)
             except BaseException:
                 # Nothing of it was released, and a resumed run trains it on the same model with the same noise.
                 self.budget.load_state_dict(spent)
+                forget_round()
                 raise
             progress.round = number
             progress.trained += record["clients"]
@@ -204,6 +208,8 @@ class RoundLoop:
                 aggregate, metrics = self._call(self.strategy.aggregate_total, number, exchange.total)  # type: ignore[attr-defined]
             else:
                 aggregate, metrics = self._call(self.strategy.aggregate_train, number, replies)
+            for remark in getattr(self.strategy, "remarks", ()):
+                self.emit(Notice(text=f"round {number}: {remark}"))
             if aggregate is not None:
                 arrays = self._checked(aggregate, layout)
             if self.strategy_evaluates:

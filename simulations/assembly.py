@@ -53,12 +53,13 @@ def assemble(
     existing: RunDirectory | None,
     out: Path | None,
     emit: Listener,
+    strategy: object | None = None,
 ) -> Assembly:
     """Load data, make or reopen the run directory, calibrate noise, and build the virtual clients.
 
     A reopened run must find data, initial model and software as they were: its noise is drawn again, and the same
     noise over other gradients would reveal their difference. `given` objects (of a notebook) train in this process,
-    as a worker could not find them. Raises InputError.
+    as a worker could not find them; `strategy` is the one that the run uses. Raises InputError.
     """
     free = None if existing else RunDirectory.free(out, experiment.experiment.name)
     data = load_clients(experiment, task) if task else {}
@@ -67,9 +68,9 @@ def assemble(
     counts = {name: len(site.train) for name, site in data.items()}
     plan = make_plan(experiment, counts, len(task.classes) if task else 2, emit)
     if task is None:
-        federation = flower_federation(experiment)
+        federation = flower_federation(experiment, strategy)
     else:
-        federation = virtual_federation(experiment, task, data, plan, key=key)
+        federation = virtual_federation(experiment, task, data, plan, key=key, strategy=strategy)
     # Made last: what was refused until here leaves no folder behind.
     directory = existing or RunDirectory.create(cast(Path, free), experiment, secret)
     workers = worker_count(

@@ -122,10 +122,11 @@ def _trained(
 ) -> tuple[Federation, Arrays]:
     """Train without privacy for as many rounds, all clients in each, and return federation and model."""
     planned = make_plan(experiment, {name: len(site.train) for name, site in data.items()}, len(task.classes), _silent)
-    federation = virtual_federation(experiment, task, data, planned, key=key)
+    strategy = make_strategy()
+    federation = virtual_federation(experiment, task, data, planned, key=key, strategy=strategy)
     grid = VirtualGrid(InlineExecutor(federation.app, log=_silent), federation.names)
     loop = RoundLoop(
-        strategy=make_strategy(),
+        strategy=strategy,
         grid=grid,
         clients=grid.names,
         sampler=CohortSampler(sampling="all", per_round=None, key=key),

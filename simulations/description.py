@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..clients.local_model import LocalModel, build_module
@@ -13,6 +16,8 @@ from ..privacy.mechanism import RecordLevelPlan
 from ..tasks.registry import find_task
 from ..tasks.task import SiteData
 from .plan import load_clients, make_plan
+
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:
@@ -27,6 +32,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     rounds = experiment.experiment.rounds
     size = sum(tensor.element_size() * tensor.numel() for tensor in model.shared.values())
     cohort = experiment.clients.per_round if experiment.clients.sampling != "all" else len(data)
+    sites = {name: _describe_site(site, len(task.classes), planned.mechanisms.get(name)) for name, site in data.items()}
     return {
         "experiment": experiment.experiment.name,
         "task": experiment.task.name,
@@ -37,12 +43,34 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "parameters": {"shared": model.layout.size, "personal": sum(t.numel() for t in model.personal.values())},
         "notes": notes,
         "bytes": {"client_round": 2 * size, "run": 2 * size * rounds * (cohort or 0)},
-        "sites": {
-            name: _describe_site(site, len(task.classes), planned.mechanisms.get(name)) for name, site in data.items()
-        },
+        "distribution": _distribution(list(sites.values())),
+        "sites": sites,
         "evaluation": {"releases": planned.evaluation.releases, "epsilon": planned.evaluation.epsilon},
         "guarantee": planned.guarantee(experiment).to_dict(),
     }
+
+
+def _distribution(sites: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the least, 5 %, median, 95 % and largest of what the clients hold.
+
+    `distance` is half the sum of the absolute differences between a client's shares of the classes and those of all
+    records (total variation): 0 where a client is a small image of the whole, near 1 where it holds a rare class only.
+    """
+    labels = np.array([site["labels"] for site in sites], dtype=np.float64)
+    shares = labels / labels.sum(axis=1, keepdims=True)
+    columns: dict[str, Any] = {
+        "train_records": [site["train_records"] for site in sites],
+        "test_records": [site["test_records"] for site in sites],
+        "classes_present": (labels > 0).sum(axis=1),
+        "largest_class": shares.max(axis=1),
+        "distance": np.abs(shares - labels.sum(axis=0) / labels.sum()).sum(axis=1) / 2,
+    }
+    for name in ("noise_multiplier", "epsilon"):
+        if all(name in site for site in sites):
+            columns[name] = [site[name] for site in sites]
+    # By the nearest rank, so that each is some client's own value: no client holds half a record.
+    ranks = [max(0, math.ceil(share * len(sites)) - 1) for share in QUANTILES]
+    return {name: np.sort(np.asarray(column))[ranks].tolist() for name, column in columns.items()}
 
 
 def _describe_site(site: SiteData, classes: int, mechanism: RecordLevelPlan | None) -> dict[str, Any]:

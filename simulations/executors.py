@@ -9,12 +9,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from ..clients.gate import release_error
+from ..core import flower
 from ..server.grid import Arrival
 from ..strategies.fold import Fold
 
@@ -64,14 +65,8 @@ def answer(app: ClientApp, call: Call, *, isolate: bool) -> tuple[Message, str |
     `isolate` gives the client its own copy of the message's records, for an app that may change what it is sent.
     """
     if isolate:
-        call.message.content = _copy(call.message.content)
+        call.message.content = flower.copy_records(call.message.content)
     try:
         return app(call.message, call.context), None
     except Exception as error:  # whatever a client raises is that client's failure
         return release_error(call.message, error), f"{call.client}: {''.join(traceback.format_exception(error))}"
-
-
-def _copy(content: RecordDict) -> RecordDict:
-    """Return records of its own over the same arrays, whose bytes nobody changes in place."""
-    copies: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore[arg-type]
-    return RecordDict(copies)

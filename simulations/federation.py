@@ -6,7 +6,7 @@ A worker process puts together the same one from the same recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from ..experiment import Experiment
 from ..privacy.independence import refuse_mixing
 from ..privacy.release import EvaluationPlan
 from ..server.trained_model import make_module
+from ..strategies.local_rule import PLAIN, LocalRule
+from ..strategies.registry import load_strategy
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
 from .plan import Plan
@@ -61,12 +63,16 @@ def virtual_federation(
     plan: Plan,
     *,
     key: Key,
+    strategy: object | None = None,
 ) -> Federation:
-    """Return the federation of bract's own clients over a task's data."""
+    """Return the federation of bract's own clients over a task's data.
+
+    `strategy` is an object to use instead of what the experiment names; its local rule is the clients' half.
+    """
+    rule = local_rule(experiment, strategy)
+    module, notes = build_module(task, seed=experiment.experiment.seed, private=experiment.privacy.unit != "none")
+    model, training = local_model(experiment, module, rule, device=choose_device(experiment.train.device))
     private = experiment.privacy.unit != "none"
-    training = LocalTraining.of(experiment.train, private=private)
-    module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
-    model = LocalModel(module, training, device=choose_device(experiment.train.device))
     if private:
         refuse_mixing(model.module, next(iter(data.values())).train.inputs)
     sites = {
@@ -79,7 +85,7 @@ def virtual_federation(
         )
         for name, site in data.items()
     }
-    gate = Gate(layout=model.layout, withhold_counts=private)
+    gate = Gate(layout=model.layout, withhold_counts=private, rule=rule)
 
     def loaded(arrays: Arrays) -> nn.Module:
         model.load(arrays)
@@ -97,8 +103,39 @@ def virtual_federation(
     )
 
 
-def flower_federation(experiment: Experiment) -> Federation:
+def local_rule(experiment: Experiment, strategy: object | None = None) -> LocalRule:
+    """Return the client half of a strategy, by default of the experiment's; raises InputError if [train] forbids it."""
+    if strategy is None:
+        table = experiment.strategy
+        place = experiment.place("strategy", "name")
+        strategy = load_strategy(table.name, table.own, folder=experiment.folder, place=place)
+    rule = getattr(strategy, "local_rule", PLAIN)
+    if not isinstance(rule, LocalRule):
+        raise InputError("plugin-invalid", f"strategy {type(strategy).__name__}: its local_rule is no LocalRule")
+    if experiment.clients.app:
+        if not rule.in_messages:
+            why = f"{type(strategy).__name__} has a client half of its own, which a Flower ClientApp does not run"
+            raise experiment.conflict("clients", "app", why=why)
+        return rule
+    conflict = rule.conflict(experiment.train)
+    if conflict:
+        raise experiment.conflict("train", conflict[0], why=conflict[1])
+    return rule
+
+
+def local_model(
+    experiment: Experiment, module: nn.Module, rule: LocalRule, *, device: torch.device | None = None
+) -> tuple[LocalModel, LocalTraining]:
+    """Return the resident model and the training that [train] and the strategy's rule describe together."""
+    private = experiment.privacy.unit != "none"
+    training = LocalTraining.of(experiment.train, private=private)
+    training = replace(training, personal=(*training.personal, *rule.personal(module)))
+    return LocalModel(module, training, device=device, keep_buffers=not private), training
+
+
+def flower_federation(experiment: Experiment, strategy: object | None = None) -> Federation:
     """Return the federation of a Flower ClientApp's clients; the app brings its own data and its own metrics."""
+    local_rule(experiment, strategy)
     clients, folder = experiment.clients, experiment.folder
     app = resolve(str(clients.app), folder=folder, key="clients.app")
     if not isinstance(app, ClientApp):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -29,6 +29,7 @@ class VirtualGrid(RoundGrid):
         self._contexts: dict[int, Context] = {}
         self._run_config = dict(run_config or {})
         self._sent = 0
+        self._before: dict[int, RecordDict] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids of all virtual clients."""
@@ -53,12 +54,25 @@ class VirtualGrid(RoundGrid):
         for name, tree in states.items():
             self._context(flower.node_id(name)).state = flower.tree_to_state(tree)
 
+    def remember(self) -> Callable[[], None]:
+        """Return what puts the clients' states back to what they are now: for a round that will be repeated."""
+        before = self._before = {}
+
+        def put_back() -> None:
+            for node, state in before.items():
+                self._contexts[node].state = state
+
+        return put_back
+
     def _calls(self, messages: Iterable[Message]) -> Iterator[Call]:
         for message in messages:
             node = message.metadata.dst_node_id
             self._sent += 1
             flower.set_message_id(message, str(self._sent))
-            yield Call(client=self.names[node], message=message, context=self._context(node))
+            context = self._context(node)
+            if node not in self._before:
+                self._before[node] = flower.copy_records(context.state)
+            yield Call(client=self.names[node], message=message, context=context)
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:

@@ -95,7 +95,13 @@ class Simulation:
         """Run to the end or to an interruption; what fails is on disk before it is raised."""
         started = time.monotonic()
         assembly = assemble(
-            self._experiment, self._task, given=self._given, existing=existing, out=out, emit=self._emit
+            self._experiment,
+            self._task,
+            given=self._given,
+            existing=existing,
+            out=out,
+            emit=self._emit,
+            strategy=self._strategy,
         )
         self._directory = assembly.directory
         flower.identify_process(run_id=1)
@@ -177,6 +183,7 @@ class Simulation:
             strategy_evaluates=federation.evaluation is None,
             strategy_seed=run.seed,
             client_states=assembly.grid.client_states,
+            remember_clients=assembly.grid.remember,
             should_stop=should_stop,
             after_round=self._after_round,
             on_strategy_error=log,

@@ -47,13 +47,18 @@ class FedAvg(Strategy):
         content = RecordDict({"arrays": arrays, "config": config})
         return [Message(content, node, "train") for node in nodes]
 
-    def fold(self) -> Fold:
-        """Return how the replies of the configured round are summed."""
+    @property
+    def layout(self) -> Layout:
+        """The model's layout, known since `configure_train`."""
         if self._layout is None:
             raise RuntimeError("configure_train comes first")
+        return self._layout
+
+    def fold(self) -> Fold:
+        """Return how the replies of the configured round are summed."""
         counted = self.weights == "counted"
         return WeightedSum(
-            layout=self._layout,
+            layout=self.layout,
             ring=Ring(capacity=COUNTED_CAPACITY if counted else max(1, self._cohort)),
             weighted_by=COUNT_KEY if counted else None,
         )

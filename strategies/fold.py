@@ -39,14 +39,17 @@ class WeightedSum:
     def add(self, total: Total, content: RecordDict) -> None:
         """Add one reply; raises RunError `reply-invalid` or `value-out-of-range`."""
         arrays = only(content, ArrayRecord)
-        weight = 1 if self.weighted_by is None else self._weight(only(content, MetricRecord))
-        total.add(self.layout.flatten(arrays_of(arrays)), weight)
+        total.add(self.layout.flatten(arrays_of(arrays)), weight_of(content, self.weighted_by))
 
-    def _weight(self, metrics: MetricRecord) -> int:
-        weight = metrics.get(str(self.weighted_by))
-        if not isinstance(weight, int | float) or weight != weight or weight < 0 or weight != int(weight):
-            raise RunError("reply-invalid", f"the weight {self.weighted_by!r} must be a whole number of at least 0")
-        return int(weight)
+
+def weight_of(content: RecordDict, weighted_by: str | None) -> int:
+    """Return the weight that a reply's metrics hold, 1 if it is not asked for; raises RunError `reply-invalid`."""
+    if weighted_by is None:
+        return 1
+    weight = only(content, MetricRecord).get(weighted_by)
+    if not isinstance(weight, int | float) or weight != weight or weight < 0 or weight != int(weight):
+        raise RunError("reply-invalid", f"the weight {weighted_by!r} must be a whole number of at least 0")
+    return int(weight)
 
 
 def only(content: RecordDict, kind: type[Any]) -> Any:

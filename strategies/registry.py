@@ -16,7 +16,28 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 GROUP = "bract.strategies"
-BUILT_IN = {"fedavg": ("bract.strategies.fedavg:FedAvg", "mean of the clients' models (McMahan et al. 2017)")}
+BUILT_IN = {
+    "fedavg": ("bract.strategies.fedavg:FedAvg", "mean of the clients' models (McMahan et al. 2017)"),
+    "fedavgm": ("bract.strategies.server_rules:FedAvgM", "server momentum (Hsu et al. 2019)"),
+    "fedadam": ("bract.strategies.server_rules:FedAdam", "Adam on the server (Reddi et al. 2021)"),
+    "fedyogi": ("bract.strategies.server_rules:FedYogi", "Yogi on the server (Reddi et al. 2021)"),
+    "fedadagrad": ("bract.strategies.server_rules:FedAdagrad", "Adagrad on the server (Reddi et al. 2021)"),
+    "fedmedian": ("bract.strategies.coordinatewise:FedMedian", "median of each coordinate (Yin et al. 2018)"),
+    "fedtrimmedavg": ("bract.strategies.coordinatewise:FedTrimmedAvg", "trimmed mean (Yin et al. 2018)"),
+    "krum": ("bract.strategies.krum:Krum", "the model nearest to its neighbours (Blanchard et al. 2017)"),
+    "multikrum": ("bract.strategies.krum:MultiKrum", "mean of those that Krum ranks first (Blanchard et al. 2017)"),
+    "bulyan": ("bract.strategies.krum:Bulyan", "Krum, then a trimmed mean (Guerraoui & Rouault 2018)"),
+    "geometricmedian": ("bract.strategies.geometric_median:GeometricMedian", "RFA (Pillutla et al. 2022)"),
+    "fedprox": ("bract.strategies.fedprox:FedProx", "local training near the received model (Li et al. 2020)"),
+    "scaffold": ("bract.strategies.scaffold:Scaffold", "control variates against drift (Karimireddy et al. 2020)"),
+    "fednova": ("bract.strategies.fednova:FedNova", "changes divided by local steps (Wang et al. 2020)"),
+    "feddyn": ("bract.strategies.feddyn:FedDyn", "dynamic regularization (Acar et al. 2021)"),
+    "qfedavg": ("bract.strategies.qfedavg:QFedAvg", "clients with a high loss count for more (Li et al. 2020)"),
+    "fedper": ("bract.strategies.personal:FedPer", "each client keeps the last layers (Arivazhagan et al. 2019)"),
+    "fedrep": ("bract.strategies.personal:FedRep", "own heads, trained before the body (Collins et al. 2021)"),
+    "fedbn": ("bract.strategies.personal:FedBN", "each client keeps its normalization layers (Li et al. 2021)"),
+    "ditto": ("bract.strategies.ditto:Ditto", "each client has a model of its own beside (Li et al. 2021)"),
+}
 
 # Flower's strategies draw a cohort of their own. The round loop already drew it and shows nobody else, so they must
 # take every node that they see, one being enough.

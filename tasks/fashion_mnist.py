@@ -180,7 +180,7 @@ def _read_idx(folder: Path, name: str, *, key: str) -> NDArray[np.uint8]:
 def _examples(images: NDArray[Any], labels: NDArray[Any], *, where: str) -> Examples:
     if len(images) != len(labels):
         raise InputError("data-invalid", f"{where}: {len(images)} images for {len(labels)} labels")
-    known = labels < 10 if labels.dtype.kind == "u" else (labels >= 0) & (labels < 10)
+    known = (labels >= 0) & (labels < 10)
     # A copy: the file's bytes are read-only, which torch warns of.
     inputs = torch.from_numpy(images[known]).unsqueeze(1)
     return Examples(inputs, torch.from_numpy(labels[known].astype(np.int64)))

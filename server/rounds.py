@@ -24,7 +24,16 @@ from .events import ClientFailed, ClientReplied, Evaluated, Listener, Notice, Ro
 from .grid import CohortGrid, Exchange, RoundGrid
 
 # What of the progress is counted along the way, besides the model.
-_COUNTED = ("trained", "best", "best_round", "best_arrays", "best_histograms", "histograms", "evaluated_round")
+_COUNTED = (
+    "trained",
+    "skipped",
+    "best",
+    "best_round",
+    "best_arrays",
+    "best_histograms",
+    "histograms",
+    "evaluated_round",
+)
 
 
 class Budget(Protocol):
@@ -63,6 +72,7 @@ class Progress:
     round: int
     arrays: dict[str, NDArray[np.generic]]
     trained: int = 0
+    skipped: int = 0
     best: float | None = None
     best_round: int = 0
     best_arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
@@ -103,7 +113,7 @@ class RoundLoop:
         layout = Layout.of(progress.arrays)
         while progress.round < self.rules.rounds:
             number = progress.round + 1
-            cohort = self.sampler.draw(number, list(self.clients))
+            cohort = self._draw(number)
             names = [self.clients[node] for node in cohort]
             if not self.budget.allows(names):
                 self.emit(Notice(text=f"round {number} would exceed the privacy budget; stopping after {number - 1}"))
@@ -121,6 +131,7 @@ class RoundLoop:
                 raise
             progress.round = number
             progress.trained += record["clients"]
+            progress.skipped += bool(cohort) and not self._quorate(record["clients"], len(cohort))
             if self.rules.evaluate_every and number % self.rules.evaluate_every == 0:
                 record |= self.evaluate(progress)
             epsilon = self.budget.epsilon()
@@ -132,12 +143,18 @@ class RoundLoop:
             }
             self.emit(RoundFinished(round=number, record=record))
             self.after_round(progress, lambda: self.checkpoint(progress))
-            if self.rules.patience and number - progress.best_round >= self.rules.patience:
+            evaluated = progress.evaluated_round == number
+            if self.rules.patience and evaluated and number - progress.best_round >= self.rules.patience:
                 self.emit(Notice(text=f"stopped early: the model of round {progress.best_round} was the best"))
                 return "stopped-early"
             if self.should_stop():
                 raise KeyboardInterrupt
+        if progress.skipped and progress.skipped == progress.round:
+            raise RunError("quorum-missed", "no round had a quorum of clients that replied, so nothing was learned")
         return "completed"
+
+    def _quorate(self, replied: int, asked: int) -> bool:
+        return replied > 0 and replied >= self.rules.quorum * asked
 
     def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Release metrics of the current model, remember the best, and return them."""
@@ -179,6 +196,13 @@ class RoundLoop:
         kept = {name: checkpoint.progress[name] for name in _COUNTED}
         return Progress(round=checkpoint.round, arrays=checkpoint.arrays, **kept)
 
+    def _draw(self, number: int) -> list[int]:
+        """Return the round's cohort; a strategy for clients of unlike speed says who arrives instead."""
+        arrivals = getattr(self.strategy, "arrivals", None)
+        if arrivals is None:
+            return self.sampler.draw(number, list(self.clients))
+        return list(self._call(arrivals, number, list(self.clients)))
+
     def _train(
         self, number: int, cohort: Sequence[int], arrays: dict[str, NDArray[np.generic]], layout: Layout
     ) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
@@ -196,7 +220,7 @@ class RoundLoop:
             replies = self._receive(number, exchange)
             good = [reply for reply in replies if reply.has_content()]
             record |= {"clients": len(good), "failed": len(replies) - len(good), "bytes_up": size * len(good)}
-            if not good or len(good) < self.rules.quorum * len(cohort):
+            if not self._quorate(len(good), len(cohort)):
                 self.emit(
                     Notice(
                         text=f"round {number}: {len(good)} of {len(cohort)} clients replied, below the quorum; "
@@ -212,8 +236,9 @@ class RoundLoop:
                 self.emit(Notice(text=f"round {number}: {remark}"))
             if aggregate is not None:
                 arrays = self._checked(aggregate, layout)
+            record |= dict(metrics or {})
             if self.strategy_evaluates:
-                record |= dict(metrics or {}) | self._strategy_metrics(number, arrays, view)
+                record |= self._strategy_metrics(number, arrays, view)
         return arrays, record
 
     def _configure(self, number: int, arrays: Arrays, view: CohortGrid) -> Iterable[Message]:

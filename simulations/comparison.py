@@ -7,6 +7,7 @@ shown, and stands in the guarantee's `excludes`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from ..clients import sequential
 from ..clients.local_model import LocalModel
+from ..core.errors import RunError
 from ..core.keys import Key
 from ..core.parameters import Arrays
 from ..experiment import Experiment, PrivacyTable
@@ -93,16 +95,17 @@ def compare(
             "all": scores(local, task, arrays, everything),
         }
 
-    emit(Phase(name="comparison", total=len(data) + 1))
-    rows = [row(label, "federated", federation, arrays)]
     plain = experiment.model_copy(update={"privacy": PrivacyTable()})
+    others: list[tuple[str, str, Mapping[str, SiteData], Key]] = []
     if experiment.privacy.unit != "none":
-        trained = _trained(plain, task, data, make_strategy, key.child("open"))
-        rows.append(row("federated, without privacy", "reference", *trained))
-        emit(PhaseAdvanced(name="comparison"))
-    for name, site in data.items():
-        trained = _trained(plain, task, {name: site}, make_strategy, key.child("lone", name))
-        rows.append(row(f"{name} alone", "lone", *trained))
+        others.append(("federated, without privacy", "reference", data, key.child("open")))
+    others += [(f"{name} alone", "lone", {name: site}, key.child("lone", name)) for name, site in data.items()]
+    emit(Phase(name="comparison", total=len(others)))
+    rows = [row(label, "federated", federation, arrays)]
+    for model, kind, trained_on, own_key in others:
+        # A model that no client could train has no row; the run itself is done.
+        with suppress(RunError):
+            rows.append(row(model, kind, *_trained(plain, task, trained_on, make_strategy, own_key)))
         emit(PhaseAdvanced(name="comparison"))
     return {"sites": list(data), "rows": rows}
 

@@ -23,7 +23,7 @@ from ..server.events import Checkpointed, Event, Listener, Notice, Phase, RoundF
 from ..server.result import Result
 from ..server.rounds import Progress, RoundLoop, Rules
 from ..server.run_directory import RunDirectory
-from ..strategies.registry import load_strategy
+from ..strategies.registry import load_strategy, refuse_unserved, take_whole_cohorts
 from ..strategies.state import refuse_unsaveable
 from ..tasks.registry import find_task
 from ..tasks.task import Task
@@ -82,7 +82,9 @@ class Simulation:
         self._experiment = experiment
         self._listeners = list(listeners)
         self._given_strategy = copy.deepcopy(strategy)
-        self._strategy = strategy or self._make_strategy()
+        self._strategy = self._make_strategy()
+        if not experiment.clients.app:
+            refuse_unserved(self._strategy)
         refuse_what_is_not_offered(experiment, self._strategy)
         refuse_unsaveable(self._strategy)
         self._given = task is not None or strategy is not None
@@ -152,12 +154,14 @@ class Simulation:
         return result
 
     def _make_strategy(self) -> Strategy:
-        if self._given_strategy is not None:
-            return copy.deepcopy(self._given_strategy)
         table, experiment = self._experiment.strategy, self._experiment
-        return load_strategy(
-            table.name, table.own, folder=experiment.folder, place=experiment.place("strategy", "name")
-        )
+        place = experiment.place("strategy", "name")
+        if self._given_strategy is not None:
+            strategy: Strategy = copy.deepcopy(self._given_strategy)
+        else:
+            strategy = load_strategy(table.name, table.own, folder=experiment.folder, place=place)
+        take_whole_cohorts(strategy)
+        return strategy
 
     def _loop(self, assembly: Assembly, should_stop: Callable[[], bool]) -> RoundLoop:
         clients, server, run = self._experiment.clients, self._experiment.server, self._experiment.experiment

@@ -22,6 +22,7 @@ BUILT_IN = {
     "fedadam": ("bract.strategies.server_rules:FedAdam", "Adam on the server (Reddi et al. 2021)"),
     "fedyogi": ("bract.strategies.server_rules:FedYogi", "Yogi on the server (Reddi et al. 2021)"),
     "fedadagrad": ("bract.strategies.server_rules:FedAdagrad", "Adagrad on the server (Reddi et al. 2021)"),
+    "fedbuff": ("bract.strategies.fedbuff:FedBuff", "asynchronous clients, a buffer of updates (Nguyen et al. 2022)"),
     "fedmedian": ("bract.strategies.coordinatewise:FedMedian", "median of each coordinate (Yin et al. 2018)"),
     "fedtrimmedavg": ("bract.strategies.coordinatewise:FedTrimmedAvg", "trimmed mean (Yin et al. 2018)"),
     "krum": ("bract.strategies.krum:Krum", "the model nearest to its neighbours (Blanchard et al. 2017)"),
@@ -49,6 +50,9 @@ _TAKE_ALL = {
     "min_available_nodes": 1,
 }
 
+# They ask the client for a term in its loss, or for its loss, which bract's own client gives to bract's own strategies.
+_OWN_INSTEAD = {"FedProx": "fedprox", "QFedAvg": "qfedavg"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyInfo:
@@ -75,16 +79,12 @@ def load_strategy(name: str, own: Mapping[str, Any], *, folder: Path | None = No
     A strategy by dotted path takes whole cohorts: its own sampling arguments, where it has them, are set so.
     """
     factory = _find(name, folder, place)
-    keywords = dict(own)
-    if inspect.isclass(factory) and factory.__module__.startswith("flwr."):
-        takes = _parameters(factory)
-        for key in keywords:
-            if key in _TAKE_ALL:
-                raise InputError(
-                    "experiment-key", f"strategy.{key}: the cohort is drawn by [clients]; use clients.per_round{place}"
-                )
-        keywords |= {key: value for key, value in _TAKE_ALL.items() if key in takes}
-    strategy = construct(factory, keywords, table="strategy", place=place)
+    for key in own:
+        if inspect.isclass(factory) and key in _TAKE_ALL and key in _parameters(factory):
+            raise InputError(
+                "experiment-key", f"strategy.{key}: the cohort is drawn by [clients]; use clients.per_round{place}"
+            )
+    strategy = construct(factory, dict(own), table="strategy", place=place)
     missing = [
         method
         for method in ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
@@ -93,6 +93,30 @@ def load_strategy(name: str, own: Mapping[str, Any], *, folder: Path | None = No
     if missing:
         raise InputError("plugin-invalid", f'strategy.name = "{name}": it has no method {missing[0]}{place}')
     return strategy  # type: ignore[no-any-return]
+
+
+def take_whole_cohorts(strategy: Any) -> None:
+    """Have a strategy of Flower's kind take every client that it is shown, wrapped ones too.
+
+    The round loop has drawn the cohort already; a strategy that waits for two clients would wait for ever for one.
+    """
+    for key, value in _TAKE_ALL.items():
+        if hasattr(strategy, key):
+            setattr(strategy, key, value)
+    wrapped = getattr(strategy, "strategy", None)
+    if wrapped is not None:
+        take_whole_cohorts(wrapped)
+
+
+def refuse_unserved(strategy: Any) -> None:
+    """Raise InputError for a strategy of Flower's whose client half bract's own client does not run."""
+    for base in type(strategy).__mro__:
+        if base.__module__.startswith("flwr.") and base.__name__ in _OWN_INSTEAD:
+            raise InputError(
+                "experiment-value",
+                f"strategy.name: Flower's {base.__name__} needs a client of its own; use "
+                f'"{_OWN_INSTEAD[base.__name__]}", or a Flower ClientApp by clients.app',
+            )
 
 
 def _find(name: str, folder: Path | None, place: str) -> Any:

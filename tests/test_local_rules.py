@@ -160,28 +160,30 @@ def test_running_statistics_are_averaged_and_never_extrapolated(name):
     strategy = load_strategy(name, own)
     for round in (1, 2):
         model = {"n.running_var": np.ones(2, np.float32), "n.weight": np.ones(2, np.float32)}
-        messages = list(strategy.configure_train(round, record_of(model), ConfigRecord(), Nodes()))
-        sent = {"n.running_var": np.full(2, 0.1, np.float32), "n.weight": np.full(2, 0.1, np.float32)}
-        content = RecordDict(
-            {
-                "arrays": record_of(sent),
-                "metrics": MetricRecord({STEPS_KEY: 4.0, "received-loss": 1.0, "learning-rate": 0.1}),
-            }
-        )
-        if name == "scaffold":
-            content[VARIATE] = record_of({key: np.zeros(2, np.float32) for key in sent})
-        arrays, _ = strategy.aggregate_train(round, [Message(content, reply_to=messages[0])])
+        replies = []
+        messages = strategy.configure_train(round, record_of(model), ConfigRecord(), Nodes(2))
+        for message, value, steps in zip(messages, (0.1, 0.3), (1.0, 10.0), strict=True):
+            sent = {name: np.full(2, value, np.float32) for name in model}
+            numbers = {STEPS_KEY: steps, "received-loss": 1.0, "learning-rate": 0.1}
+            content = RecordDict({"arrays": record_of(sent), "metrics": MetricRecord(numbers)})
+            if name == "scaffold":
+                content[VARIATE] = record_of({name: np.zeros(2, np.float32) for name in model})
+            replies.append(Message(content, reply_to=message))
+        arrays, _ = strategy.aggregate_train(round, replies)
         statistic = arrays_of(arrays)["n.running_var"]
-        assert (statistic >= 0.1 - 1e-6).all() and (statistic <= 1).all()
+        assert (statistic >= 0.1).all() and (statistic <= 1).all()
         if name != "qfedavg":
-            np.testing.assert_allclose(statistic, 0.1, rtol=1e-5)
+            np.testing.assert_allclose(statistic, 0.2, rtol=1e-5)
 
 
 class Nodes:
     """The part of a Grid that configure_train asks."""
 
+    def __init__(self, count=1):
+        self.count = count
+
     def get_node_ids(self):
-        return [1]
+        return list(range(1, self.count + 1))
 
 
 @pytest.mark.parametrize("name", ["scaffold", "feddyn"])

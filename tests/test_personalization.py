@@ -17,11 +17,12 @@ from bract.clients.training import LocalTraining
 from bract.core.errors import InputError
 from bract.core.keys import Key
 from bract.privacy.layers import make_private
+from bract.server import checkpoint
 from bract.server.events import ClientReplied
 from bract.strategies.ditto import OWN_MODEL, Ditto
 from bract.strategies.fedavg import FedAvg
 from bract.strategies.local_rule import LocalRound
-from bract.strategies.personal import FedBN, FedPer, FedRep, head_of, normalization_of
+from bract.strategies.personal import FedBN, FedRep, head_of, normalization_of
 from bract.strategies.registry import load_strategy
 from bract.tasks.classification import Classification
 from bract.tasks.task import Examples, SiteData
@@ -76,9 +77,9 @@ def one_model():
     return train(Labels(), FedAvg(), **BRISK)
 
 
-@pytest.mark.parametrize("strategy", [FedPer(), FedRep(head_epochs=1), Ditto(regularization=0.05)], ids=str)
-def test_clients_that_disagree_are_served_better(one_model, strategy):
-    found = train(Labels(), strategy, **BRISK)
+@pytest.mark.parametrize(("name", "own"), [("fedper", {}), ("fedrep", {}), ("ditto", {"regularization": 0.05})])
+def test_clients_that_disagree_are_served_better(one_model, name, own):
+    found = train(Labels(), load_strategy(name, own), **BRISK)
     assert not found.failures
     assert one_model.accuracy < 0.5
     assert found.accuracy > 0.9
@@ -229,6 +230,9 @@ def test_personal_state_survives_an_interrupt_within_a_round(tiny, tmp_path, key
     second = bract.simulate(resume=tmp_path / "run")
     assert second.model_sha256 == whole.model_sha256
     assert (second.metrics, second.guarantee) == (whole.metrics, whole.guarantee)
+    kept = [checkpoint.load(tmp_path / run / "checkpoint").clients for run in ("whole", "run")]
+    assert len(kept[0]) == 4
+    np.testing.assert_equal(*kept)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedMedian
+from flwr.serverapp.strategy import FedProx as FlowerFedProx
+from flwr.serverapp.strategy import QFedAvg as FlowerQFedAvg
 
 import bract
 from bract.core.errors import InputError, RunError
@@ -71,15 +73,36 @@ def test_the_text_of_a_failure_stays_in_private(clumsy, tmp_path):
     assert public and not any("Miller" in path.read_text() for path in public)
 
 
-def test_below_the_quorum_the_model_stays(clumsy, tmp_path):
+def test_below_the_quorum_the_model_stays_and_a_run_that_learnt_nothing_failed(clumsy, tmp_path):
     events = []
-    result = bract.simulate(clumsy(3), out=tmp_path / "run", listeners=[events.append])
-    untouched = bract.simulate(clumsy(4), out=tmp_path / "all")
-    assert result.model_sha256 == untouched.model_sha256
+    with pytest.raises(RunError) as caught:
+        bract.simulate(clumsy(3), out=tmp_path / "run", listeners=[events.append])
+    assert caught.value.code == "quorum-missed"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["rounds"]) == ("failed", 4)
     assert sum("below the quorum" in event.text for event in events if isinstance(event, Notice)) == 4
-    assert (
-        bract.simulate(clumsy(3, **{"server.quorum": 0.25}), out=tmp_path / "low").model_sha256 != result.model_sha256
-    )
+    learnt = bract.simulate(clumsy(3, **{"server.quorum": 0.25}), out=tmp_path / "low")
+    assert learnt.status == "completed" and learnt.model_sha256 != result["model_sha256"]
+
+
+def test_early_stop_waits_for_a_second_release(tiny, tmp_path):
+    keys = {"experiment.rounds": 12, "server.evaluate_every": 5, "server.patience": 4}
+    result = bract.simulate(tiny(**keys), out=tmp_path / "run")
+    assert result.record["rounds"] in (10, 12)
+    assert "accuracy" in result.metrics
+
+
+@pytest.mark.parametrize("strategy", [FlowerFedProx(proximal_mu=0.1), FlowerQFedAvg(client_learning_rate=0.1)])
+def test_a_flower_strategy_with_a_client_half_is_refused(tiny, tmp_path, strategy):
+    with pytest.raises(InputError) as caught:
+        bract.simulate(tiny(), strategy=strategy, out=tmp_path / "run")
+    assert type(strategy).__name__.lower() in caught.value.sentence
+
+
+def test_a_flower_strategy_that_waits_for_two_clients_trains_one(tiny, tmp_path):
+    """Flower's default is to wait until two are there: with a single client for ever."""
+    result = bract.simulate(tiny(**{"task.clients": 1}), strategy=FedMedian(), out=tmp_path / "run")
+    assert result.status == "completed"
 
 
 def test_a_record_without_a_finite_gradient_counts_as_none_under_privacy(clumsy, tmp_path):

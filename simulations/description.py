@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..clients.local_model import LocalModel, build_module
-from ..clients.training import LocalTraining
+from ..clients.local_model import build_module
 from ..experiment import Experiment
 from ..privacy.mechanism import RecordLevelPlan
 from ..tasks.registry import find_task
 from ..tasks.task import SiteData
+from .federation import local_model, local_rule
 from .plan import load_clients, make_plan
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -26,11 +26,14 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     data = load_clients(experiment, task)
     private = experiment.privacy.unit != "none"
     module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
-    model = LocalModel(module, LocalTraining.of(experiment.train, private=private))
+    rule = local_rule(experiment)
+    model, _ = local_model(experiment, module, rule)
     counts = {name: len(site.train) for name, site in data.items()}
     planned = make_plan(experiment, counts, len(task.classes), lambda event: None)
     rounds = experiment.experiment.rounds
     size = sum(tensor.element_size() * tensor.numel() for tensor in model.shared.values())
+    # Down and up: the model, and each record that the strategy sends beside it.
+    travels = size * (2 + len(rule.receives) + len(rule.sends))
     cohort = experiment.clients.per_round if experiment.clients.sampling != "all" else len(data)
     sites = {name: _describe_site(site, len(task.classes), planned.mechanisms.get(name)) for name, site in data.items()}
     return {
@@ -42,7 +45,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "classes": list(task.classes),
         "parameters": {"shared": model.layout.size, "personal": sum(t.numel() for t in model.personal.values())},
         "notes": notes,
-        "bytes": {"client_round": 2 * size, "run": 2 * size * rounds * (cohort or 0)},
+        "bytes": {"client_round": travels, "run": travels * rounds * (cohort or 0)},
         "distribution": _distribution(list(sites.values())),
         "sites": sites,
         "evaluation": {"releases": planned.evaluation.releases, "epsilon": planned.evaluation.epsilon},

@@ -70,9 +70,9 @@ def virtual_federation(
     `strategy` is an object to use instead of what the experiment names; its local rule is the clients' half.
     """
     rule = local_rule(experiment, strategy)
-    module, notes = build_module(task, seed=experiment.experiment.seed, private=experiment.privacy.unit != "none")
-    model, training = local_model(experiment, module, rule, device=choose_device(experiment.train.device))
     private = experiment.privacy.unit != "none"
+    module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
+    model, training = local_model(experiment, module, rule, device=choose_device(experiment.train.device))
     if private:
         refuse_mixing(model.module, next(iter(data.values())).train.inputs)
     sites = {

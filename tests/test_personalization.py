@@ -19,6 +19,7 @@ from bract.core.keys import Key
 from bract.privacy.layers import make_private
 from bract.server import checkpoint
 from bract.server.events import ClientReplied
+from bract.simulations.description import describe
 from bract.strategies.ditto import OWN_MODEL, Ditto
 from bract.strategies.fedavg import FedAvg
 from bract.strategies.local_rule import LocalRound
@@ -171,6 +172,16 @@ def round_of(model, epochs, records):
         loss=lambda: 0.0,
         train=lambda session: None,
     )
+
+
+def test_the_plan_counts_what_stays_and_what_travels(tiny):
+    keys = {"train.model": "mlp"}
+    plain, personal, variates = (
+        describe(tiny(**keys, **{"strategy.name": name})) for name in ("fedavg", "fedper", "scaffold")
+    )
+    assert plain["parameters"]["personal"] == 0 < personal["parameters"]["personal"]
+    assert sum(personal["parameters"].values()) == plain["parameters"]["shared"]
+    assert variates["bytes"]["run"] == 2 * plain["bytes"]["run"] > 2 * personal["bytes"]["run"]
 
 
 def test_which_tensors_are_a_head():

@@ -113,7 +113,7 @@ class RoundLoop:
         layout = Layout.of(progress.arrays)
         while progress.round < self.rules.rounds:
             number = progress.round + 1
-            cohort = self._draw(number)
+            cohort = self.sampler.draw(number, list(self.clients))
             names = [self.clients[node] for node in cohort]
             if not self.budget.allows(names):
                 self.emit(Notice(text=f"round {number} would exceed the privacy budget; stopping after {number - 1}"))
@@ -195,13 +195,6 @@ class RoundLoop:
         self.budget.load_state_dict(checkpoint.progress["budget"])
         kept = {name: checkpoint.progress[name] for name in _COUNTED}
         return Progress(round=checkpoint.round, arrays=checkpoint.arrays, **kept)
-
-    def _draw(self, number: int) -> list[int]:
-        """Return the round's cohort; a strategy for clients of unlike speed says who arrives instead."""
-        arrivals = getattr(self.strategy, "arrivals", None)
-        if arrivals is None:
-            return self.sampler.draw(number, list(self.clients))
-        return list(self._call(arrivals, number, list(self.clients)))
 
     def _train(
         self, number: int, cohort: Sequence[int], arrays: dict[str, NDArray[np.generic]], layout: Layout

@@ -58,6 +58,8 @@ class LocalModel:
         # What a client changes and does not send is put back before the next client trains.
         self._initial = {name: tensor.detach().clone() for name, tensor in {**at_rest, **self.personal}.items()}
         self.layout = Layout.of(self.shared_arrays())
+        # Found out at the first training: whether the module takes images channels-last.
+        self.channels_last: bool | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -95,9 +97,11 @@ class LocalModel:
 
 def _copy(tensors: Mapping[str, Tensor], arrays: Arrays) -> None:
     for name, tensor in tensors.items():
-        # Arrays from a message may be read-only, which torch warns of; copy_ does not write to its source.
-        array = arrays[name]
-        tensor.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
+        if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+            # Arrays from a message are read-only, of which torch would warn.
+            np.copyto(tensor.detach().numpy(), arrays[name])
+        else:
+            tensor.copy_(torch.from_numpy(np.array(arrays[name])))
 
 
 def _travelling_buffers(module: nn.Module, training: LocalTraining) -> Iterator[tuple[str, Tensor]]:

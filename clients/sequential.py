@@ -13,6 +13,7 @@ from ..privacy.mechanism import RecordLevelPlan
 from ..strategies.local_rule import LocalSession
 from ..tasks.task import Examples
 from .local_model import LocalModel
+from .memory_format import prefers_channels_last
 from .training import LocalTraining
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -33,21 +34,22 @@ def train(
     All randomness comes from `key`: batches, noise, and the seed of torch's generator (dropout), which is put back.
     """
     correct = session.correct if session else _leave
-    optimizer = training.make_optimizer(model.parameters)
     model.module.train()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(key.child("dropout").integer())
+        _seed(model.device, key.child("dropout").integer())
         if plan is None:
+            optimizer = training.make_optimizer(model.parameters)
+            order = _memory_format(model, examples)
             for batch in shuffled_batches(len(examples), training, key.child("batches")):
                 optimizer.zero_grad()
                 inputs, targets = _on_device(examples, batch, model.device)
-                loss(model.module(inputs), targets).mean().backward()
+                loss(model.module(inputs.contiguous(memory_format=order)), targets).mean().backward()
                 correct()
                 optimizer.step()
         else:
-            noise = key.child("noise").stream()
-            with DPSGD(model.module, optimizer, plan=plan, noise=noise, correct=correct) as private:
+            noise, wrapped = key.child("noise").stream(), training.make_torch_optimizer(model.parameters)
+            with DPSGD(model.module, wrapped, plan=plan, noise=noise, correct=correct) as private:
                 for batch in poisson_batches(plan, key.child("batches").stream()):
                     inputs, targets = _on_device(examples, batch, model.device)
                     private.step(inputs, targets, loss)
@@ -86,9 +88,24 @@ def shuffled_batches(records: int, training: LocalTraining, key: Key) -> Iterato
         yield from order.split(training.batch_size)
 
 
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the processor and of the device: `torch.manual_seed` seeds all there are, and is slow."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def _leave() -> None:
     """Correct nothing."""
 
 
 def _on_device(examples: Examples, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return examples.inputs[batch].to(device), examples.targets[batch].to(device)
+
+
+def _memory_format(model: LocalModel, examples: Examples) -> torch.memory_format:
+    # Opacus' per-example gradients of convolutions are wrong for channels-last inputs: only without privacy.
+    if model.channels_last is None:
+        model.channels_last = prefers_channels_last(model.module, examples.inputs[:2].to(model.device))
+    return torch.channels_last if model.channels_last else torch.contiguous_format

@@ -6,15 +6,26 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import nn
 
 from ..core.errors import InputError
+from .sgd import SGD
 
 if TYPE_CHECKING:
     from ..experiment import TrainTable
+
+
+class Optimizer(Protocol):
+    """What a kernel asks of an optimizer."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    def step(self) -> object:
+        """Move every parameter that has a gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +61,17 @@ class LocalTraining:
             buffers=() if private else table.buffers,
         )
 
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return a new optimizer; its L2 term is added to the gradient in the step, after any clipping and noise."""
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Return a new optimizer, the quickest that takes torch's steps bit for bit."""
+        if self.optimizer != "sgd":
+            return self.make_torch_optimizer(parameters)
+        return SGD(list(parameters), learning_rate=self.learning_rate, momentum=self.momentum, l2=self.l2)
+
+    def make_torch_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return a new optimizer of torch's, which Opacus can wrap.
+
+        Its L2 term is added to the gradient in the step, after any clipping and noise.
+        """
         parameters = list(parameters)
         match self.optimizer:
             case "adam":

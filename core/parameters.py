@@ -66,10 +66,13 @@ class Layout:
 
     def flatten(self, arrays: Arrays) -> NDArray[np.float64]:
         """Return the float64 vector [size] of checked arrays, whatever order they come in."""
+        pieces = self.pieces(arrays)
+        return np.concatenate(pieces, dtype=np.float64) if pieces else np.zeros(0)
+
+    def pieces(self, arrays: Arrays) -> list[NDArray[np.generic]]:
+        """Return checked arrays as flat vectors in the layout's order, each of its own type."""
         self.check(arrays)
-        if not self.names:
-            return np.zeros(0)
-        return np.concatenate([arrays[name].astype(np.float64).ravel() for name in self.names])
+        return [arrays[name].reshape(-1) for name in self.names]
 
     def unflatten(self, vector: NDArray[np.float64]) -> dict[str, NDArray[np.generic]]:
         """Return the named arrays of a float64 vector [size]; integer tensors are rounded to the nearest."""
@@ -85,15 +88,25 @@ class Layout:
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
-    """Return the named numpy arrays of a Flower record."""
-    return {name: np.asarray(array.numpy()) for name, array in record.items()}
+    """Return the named numpy arrays of a Flower record; those of `record_of` are read-only views of what it took."""
+    from .live_array import LiveArray
+
+    return {
+        name: array.live if isinstance(array, LiveArray) else np.asarray(array.numpy())
+        for name, array in record.items()
+    }
 
 
 def record_of(arrays: Arrays) -> ArrayRecord:
-    """Return the Flower record of named numpy arrays."""
-    from flwr.app import Array, ArrayRecord
+    """Return the Flower record of named numpy arrays, which nobody may write to from then on."""
+    from flwr.app import ArrayRecord
 
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+    from .live_array import LiveArray
+
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = LiveArray(np.asarray(array))
+    return record
 
 
 def digest(arrays: Arrays) -> str:

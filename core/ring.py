@@ -8,8 +8,10 @@ public numbers alone. int64 addition is associative: workers may add in any orde
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from .errors import RunError
 
 DEFAULT_BOUND = 2.0**15
 _BITS = 62
+_BLOCK = 2**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +39,35 @@ class Ring:
         """The value of one unit: a power of two."""
         return 2.0 ** (math.ceil(math.log2(self.bound * self.capacity)) - _BITS)
 
-    def encode(self, values: NDArray[np.float64], weight: int = 1) -> NDArray[np.int64]:
+    def encode(self, values: NDArray[np.generic], weight: int = 1) -> NDArray[np.int64]:
         """Return the integers of `weight * values`; raises RunError `value-out-of-range`, never wraps."""
+        total = np.zeros(values.size, np.int64)
+        self.add_to(total, [values.reshape(-1)], weight)
+        return total
+
+    def add_to(self, total: NDArray[np.int64], pieces: Sequence[NDArray[Any]], weight: int = 1) -> None:
+        """Add the integers of `weight * values` to a vector, the values being flat pieces of it end to end.
+
+        Raises RunError `value-out-of-range` before anything is added; never wraps.
+        """
         if not 0 <= weight <= self.capacity:
             raise RunError("value-out-of-range", f"the weight {weight} is outside 0 to {self.capacity}")
-        # NaN fails this comparison too.
-        if values.size and not np.abs(values).max() <= self.bound:
-            raise RunError("value-out-of-range", f"the update holds a number that is not within ±{self.bound:g}")
-        return np.trunc(values * (weight / self.step)).astype(np.int64)
+        for piece in pieces:
+            # NaN fails these comparisons too.
+            if piece.size and not (float(piece.max()) <= self.bound and float(piece.min()) >= -self.bound):
+                raise RunError("value-out-of-range", f"the update holds a number that is not within ±{self.bound:g}")
+        # In blocks that stay in the processor's cache: four times as fast for a large model.
+        scale, start = weight / self.step, 0
+        products, integers = np.empty(_BLOCK), np.empty(_BLOCK, np.int64)
+        for piece in pieces:
+            for first in range(0, piece.size, _BLOCK):
+                block = piece[first : first + _BLOCK]
+                size = len(block)
+                np.multiply(block, scale, out=products[:size], dtype=np.float64)
+                # To integers is toward zero.
+                np.copyto(integers[:size], products[:size], casting="unsafe")
+                total[start : start + size] += integers[:size]
+                start += size
 
     def decode(self, total: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the float64 values of integers."""
@@ -64,10 +88,10 @@ class ExactSum:
         """Return the empty sum of vectors [size]."""
         return cls(ring=ring, total=np.zeros(size, np.int64))
 
-    def add(self, values: NDArray[np.float64], weight: int = 1) -> None:
-        """Add a vector [size] with an integer weight; raises RunError and leaves the sum as it was."""
+    def add(self, *pieces: NDArray[Any], weight: int = 1) -> None:
+        """Add a vector [size], given in flat pieces, with an integer weight; raises RunError, the sum as it was."""
         self._check_room(weight)
-        self.total += self.ring.encode(values, weight)
+        self.ring.add_to(self.total, pieces, weight)
         self.weight += weight
         self.count += 1
 

@@ -145,11 +145,18 @@ class DPSGD:
         except NotImplementedError as error:
             raise RunError("model-not-private", f"train.model: {str(error).splitlines()[0]}") from error
         self._private = StreamOptimizer(self._optimizer, plan=self._plan, noise=self._noise, correct=self._correct)
+        self._hooks = [
+            module.register_forward_pre_hook(_contiguous)
+            for module in self._module.modules()
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for hook in self._hooks:
+            hook.remove()
         self._private.zero_grad(set_to_none=True)
         self._wrapped.to_standard_module()
         for p in self._module.parameters():
@@ -177,6 +184,11 @@ class DPSGD:
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 losses.sum().backward()
         self._private.step()
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give a convolution its input in torch's own order: Opacus unfolds any other to wrong per-example gradients."""
+    return tuple(each.contiguous() for each in inputs)
 
 
 def _clip_factors(samples: list[Tensor], clipping_norm: float) -> Tensor:

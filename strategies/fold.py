@@ -39,7 +39,7 @@ class WeightedSum:
     def add(self, total: Total, content: RecordDict) -> None:
         """Add one reply; raises RunError `reply-invalid` or `value-out-of-range`."""
         arrays = only(content, ArrayRecord)
-        total.add(self.layout.flatten(arrays_of(arrays)), weight_of(content, self.weighted_by))
+        total.add(*self.layout.pieces(arrays_of(arrays)), weight=weight_of(content, self.weighted_by))
 
 
 def weight_of(content: RecordDict, weighted_by: str | None) -> int:

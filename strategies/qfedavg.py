@@ -69,7 +69,7 @@ class FairSum:
         weight = loss**self.q
         moved = step[~statistics_of(self.layout)]
         h = self.q * loss ** (self.q - 1) * lipschitz * float(moved @ moved) + weight
-        total.add(np.concatenate([weight * step, [h]]))
+        total.add(weight * step, np.array([h]))
 
 
 class QFedAvg(FedAvg):

@@ -76,13 +76,13 @@ class ModelAndVariate:
 
     def add(self, total: Total, content: RecordDict) -> None:
         """Add one reply; raises RunError `reply-invalid` or `value-out-of-range`."""
-        total.add(np.concatenate([self._vector(content, "arrays"), self._vector(content, VARIATE)]))
+        total.add(*self._pieces(content, "arrays"), *self._pieces(content, VARIATE))
 
-    def _vector(self, content: RecordDict, name: str) -> NDArray[np.float64]:
+    def _pieces(self, content: RecordDict, name: str) -> list[NDArray[np.generic]]:
         record = content.get(name)
         if not isinstance(record, ArrayRecord):
             raise RunError("reply-invalid", f"the reply holds no record {name!r}")
-        return self.layout.flatten(arrays_of(record))
+        return self.layout.pieces(arrays_of(record))
 
 
 class Scaffold(FedAvg):

@@ -152,6 +152,21 @@ def test_the_clipped_sum_is_that_of_microbatches_of_one(make: object, inputs: ob
             assert torch.allclose(ours, theirs, rtol=1e-3, atol=2e-5)
 
 
+def test_channels_last_images_give_the_gradients_of_any_other_order() -> None:
+    """Opacus unfolds such an input as if it were in torch's own order."""
+    module, (inputs, targets) = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)),
+        (
+            torch.randn(7, 3, 6, 6),
+            torch.arange(7) % 3,
+        ),
+    )
+    expected = microbatches(module, inputs, targets, PLAN.clipping_norm)
+    found = one_step(module, inputs.to(memory_format=torch.channels_last), targets)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_without_noise_it_agrees_with_opacus_own_optimizer() -> None:
     module, (inputs, targets) = mlp(), data()
     state = {name: value.clone() for name, value in module.state_dict().items()}

@@ -19,12 +19,12 @@ def test_order_and_grouping_do_not_change_a_bit(pairs, random):
     ring = Ring(bound=100, capacity=1000)
     straight = ExactSum.zero(ring, 3)
     for values, weight in pairs:
-        straight.add(np.array(values), weight)
+        straight.add(np.array(values), weight=weight)
     shuffled = list(pairs)
     random.shuffle(shuffled)
     halves = [ExactSum.zero(ring, 3), ExactSum.zero(ring, 3)]
     for index, (values, weight) in enumerate(shuffled):
-        halves[index % 2].add(np.array(values), weight)
+        halves[index % 2].add(np.array(values), weight=weight)
     halves[1].merge(halves[0])
     np.testing.assert_array_equal(straight.total, halves[1].total)
     assert (straight.weight, straight.count) == (halves[1].weight, halves[1].count)
@@ -64,10 +64,10 @@ def test_a_value_outside_fails_and_leaves_the_sum(value):
 @pytest.mark.parametrize("weight", [-1, 2**40])
 def test_a_weight_outside_fails(weight):
     with pytest.raises(RunError):
-        ExactSum.zero(Ring(capacity=2**26), 1).add(np.zeros(1), weight)
+        ExactSum.zero(Ring(capacity=2**26), 1).add(np.zeros(1), weight=weight)
 
 
 def test_no_weight_has_no_mean():
     total = ExactSum.zero(Ring(capacity=4), 1)
-    total.add(np.ones(1), 0)
+    total.add(np.ones(1), weight=0)
     assert total.mean() is None

@@ -1,0 +1,155 @@
+"""A worker process: one thread, a resident model, and the running total of what its clients sent in an exchange."""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import signal
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from ..core import flower
+from ..core.errors import RunError
+from ..server.grid import fold_in
+from ..strategies.fold import Fold, Total
+from .executors import Call, answer
+from .recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One call as it travels to a worker; its content was sent before, once for all calls that share it."""
+
+    index: int
+    content: int
+    client: str
+    node: int
+    kind: str
+    node_config: dict[str, Any]
+    run_config: dict[str, Any]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Calls for one worker. No orders: hand over the total, and start another.
+
+    `contents` holds what the worker has not got yet, pickled. `fold` comes with a worker's first chunk of an exchange.
+    """
+
+    exchange: int
+    orders: tuple[Order, ...] = ()
+    contents: dict[int, bytes] | None = None
+    fold: Fold | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One call as it comes back: the content that was not folded, or an error, and the client's new state."""
+
+    index: int
+    content: RecordDict | None
+    error: tuple[str, str] | None
+    state: dict[str, Any]
+    trace: str | None
+
+
+def work(connection: Connection, recipe: Recipe) -> None:
+    """Serve chunks until the other end closes; what a chunk's client raises is that client's failure."""
+    from ..clients.training import reproducible
+
+    # Ctrl-C reaches the whole group of processes; the main process decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_memory()
+    if recipe.folder is not None:
+        # A fold of the user's own class is found by its module's name.
+        sys.path.insert(0, str(recipe.folder.resolve()))
+    with reproducible(), flower.quiet():
+        flower.identify_process(run_id=1)
+        try:
+            app = recipe.build().app
+        except Exception as error:
+            connection.recv_bytes()
+            connection.send_bytes(pickle.dumps(_portable(error)))
+            return
+        worker = Worker(app, isolate=recipe.isolate)
+        while True:
+            try:
+                chunk: Chunk = pickle.loads(connection.recv_bytes())
+                connection.send_bytes(pickle.dumps(worker.serve(chunk), protocol=pickle.HIGHEST_PROTOCOL))
+            except (EOFError, OSError):  # the main process is done, or was killed: nobody asks any more
+                return
+
+
+class Worker:
+    """What a worker process keeps from chunk to chunk."""
+
+    def __init__(self, app: ClientApp, *, isolate: bool) -> None:
+        self._app, self._isolate = app, isolate
+        self._contents: dict[int, RecordDict] = {}
+        self._exchange = 0
+        self._fold: Fold | None = None
+        self._total: Total | None = None
+
+    def serve(self, chunk: Chunk) -> list[Outcome] | Total | None:
+        """Return the outcomes of a chunk's calls, or the total of all that were served since it was last asked for."""
+        if chunk.exchange != self._exchange:
+            self._exchange, self._fold = chunk.exchange, chunk.fold
+            self._total = self._start()
+        if not chunk.orders:
+            total, self._total = self._total, self._start()
+            return total
+        needed = {order.content for order in chunk.orders}
+        self._contents = {number: content for number, content in self._contents.items() if number in needed}
+        self._contents |= {number: pickle.loads(content) for number, content in (chunk.contents or {}).items()}
+        return [self._serve(order) for order in chunk.orders]
+
+    def _start(self) -> Total | None:
+        return self._fold.start() if self._fold is not None else None
+
+    def _serve(self, order: Order) -> Outcome:
+        message = Message(self._contents[order.content], order.node, order.kind)
+        context = Context(
+            run_id=1,
+            node_id=order.node,
+            node_config=order.node_config,
+            state=flower.tree_to_state(order.state),
+            run_config=order.run_config,
+        )
+        reply, trace = answer(
+            self._app, Call(client=order.client, message=message, context=context), isolate=self._isolate
+        )
+        if self._fold is not None and self._total is not None:
+            reply = fold_in(self._fold, self._total, message, reply)
+        error = flower.code_and_sentence(reply.error) if reply.has_error() else None
+        return Outcome(
+            index=order.index,
+            content=None if error else reply.content,
+            error=error,
+            state=flower.state_to_tree(context.state),
+            trace=trace,
+        )
+
+
+def _keep_memory() -> None:
+    """Have the allocator keep what is freed: it would return each gradient to the system, and page it in again."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 2**30)
+        library.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):  # not the GNU C library
+        pass
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError("internal", f"a worker process could not start: {type(error).__name__}: {error}")
+    return error

@@ -25,6 +25,7 @@ COMMANDS = {
     "simulate": "Virtual clients on this machine; no FILE: four hospitals, heart disease.",
     "plan": "Epsilon, noise, bytes and steps of an experiment before anything runs.",
     "report": "Write the report page of a run again.",
+    "ledger": "The owner's ledger of a site: init, show or verify STATE.",
     "tasks": "What can be learned here, plug-ins included.",
     "strategies": "How updates can be aggregated here, plug-ins included.",
     "doctor": "Is this machine fit: versions, GPU, ports, clock, permissions.",

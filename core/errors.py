@@ -129,6 +129,46 @@ CATALOGUE: dict[str, Explanation] = {
         meaning="The next round would spend more privacy than the experiment allows.",
         mend="The model so far is saved. Plan more noise or fewer rounds in a new run; a spent budget stays spent.",
     ),
+    "ledger-missing": Explanation(
+        meaning="The site's folder holds no ledger, and nothing is trained without one.",
+        mend="Make one with `bract ledger init STATE`, once; if there was one, restore it with its key.",
+    ),
+    "ledger-exists": Explanation(
+        meaning="The site's folder already holds a ledger or a ledger's key.",
+        mend="Go on with that ledger; what is spent stays spent.",
+    ),
+    "ledger-unreadable": Explanation(
+        meaning="The ledger or its key cannot be read, is no ledger, or is open to other users.",
+        mend="Restore ledger.sqlite and ledger.key together, readable by their owner alone (chmod 600).",
+    ),
+    "ledger-unwritable": Explanation(
+        meaning="The ledger could not be written, so nothing was trained and nothing was sent.",
+        mend="Check the disk's space, the permissions of the folder, and whether another process holds the ledger.",
+    ),
+    "ledger-tampered": Explanation(
+        meaning="The ledger's chain of MACs does not fit: an entry was changed, removed, moved or added.",
+        mend="`bract ledger verify STATE` names the entries; restore the latest good ledger and find out who wrote.",
+    ),
+    "ledger-rolled-back": Explanation(
+        meaning="The server has seen a later state of this ledger: an older copy of it was put back.",
+        mend="Restore the latest ledger; without it, what was spent is unknown, and the data set may not be used.",
+    ),
+    "ledger-budget": Explanation(
+        meaning="The data set has no budget in the ledger, or one that does not go with what is asked.",
+        mend="Declare it in the site's policy; a budget that was used keeps its unit and its neighbouring relation.",
+    ),
+    "run-plan-changed": Explanation(
+        meaning="A run asks for other noise, clipping, batches or rounds than it was planned with.",
+        mend="Start a new run: a site fixes a run's plan when it reserves the first round.",
+    ),
+    "message-changed": Explanation(
+        meaning="A message came again under its id, with other content.",
+        mend="Send it under a new id: it then counts as new.",
+    ),
+    "reply-forgotten": Explanation(
+        meaning="A message came again after the server had said that it has the reply.",
+        mend="Resume the run from its latest checkpoint.",
+    ),
     "client-failed": Explanation(
         meaning="A client raised an error while it trained or evaluated; the text stays on its side.",
         mend="Read the client's own log (private/clients.log of a simulation).",
@@ -140,6 +180,10 @@ CATALOGUE: dict[str, Explanation] = {
     "reply-invalid": Explanation(
         meaning="A client's reply does not have the tensors, shapes or types that were asked for.",
         mend="Run the same bract version and task on server and clients.",
+    ),
+    "metrics-withheld": Explanation(
+        meaning="A client was asked for metrics that no mechanism of the run covers.",
+        mend='Evaluate the model on public data, or use privacy.unit = "record", under which metrics are released.',
     ),
     "quorum-missed": Explanation(
         meaning="Too few clients of a round replied.",

@@ -1,0 +1,255 @@
+"""Epsilon of a multiset of events that was fixed in advance, and the Rényi costs that a filter sums.
+
+Four bounds, of which the least counts: basic composition where each event has an epsilon of its own, the closed form
+where all are Gaussian, privacy loss distributions of up to DISTINCT different events (as privacy/accounting.py), and
+Rényi accounting, which also takes over where distributions would be too long. NumPy is imported only for what is
+sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from . import accounting
+from .events import Claimed, DiscreteLaplace, Event, Gaussian, SampledGaussian
+
+Counts = Mapping[Event, int]
+Method = Literal["none", "sum", "closed form", "PLD", "RDP", "RDP filter", "claimed"]
+
+ORDERS = (2, 3, 5, 8, 13, 24, 48, 128, 512)
+"""Rényi orders, fixed for ever: a filter whose orders were chosen after seeing results would be void. Whole numbers,
+because the series for others does not converge for small noise."""
+DISTINCT = 10
+"""With more distinct events in one plan, Rényi accounting takes the place of the distributions."""
+ROUNDING = 1e-9
+"""Share of epsilon that sums of floats may exceed it by: 3 · (1 / 3) epsilon is the whole, not more."""
+
+_LARGEST_NUMERIC = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """An upper bound of epsilon at the budget's delta, and how it was found."""
+
+    epsilon: float
+    method: Method
+
+    def within(self, epsilon: float) -> bool:
+        """Return whether the figure keeps within a budget."""
+        return self.epsilon <= epsilon * (1 + ROUNDING)
+
+
+def composed(counts: Counts, delta: float) -> Figure:
+    """Return epsilon of a multiset of events that was fixed in advance, in any order of drawing."""
+    drawn = {event: times for event, times in positive(counts).items() if not _is_empty(event)}
+    return _composed(frozenset(drawn.items()), delta)
+
+
+@lru_cache(maxsize=256)
+def _composed(items: frozenset[tuple[Event, int]], delta: float) -> Figure:
+    counts = dict(items)
+    if not counts:
+        return Figure(epsilon=0.0, method="none")
+    added = summed(counts, delta)
+    if any(isinstance(event, Claimed) for event in counts):
+        return added
+    renyi = Figure(epsilon=converted(renyi_costs(counts), delta), method="RDP")
+    # Far above any budget that means something, distributions are long and Rényi accounting is as good.
+    numeric = [_numeric(counts, delta)] if renyi.epsilon <= _LARGEST_NUMERIC or len(counts) == 1 else []
+    return min(added, _closed_form(counts, delta), *numeric, renyi, key=lambda each: each.epsilon)
+
+
+def summed(counts: Counts, delta: float) -> Figure:
+    """Basic composition, where every event has an epsilon of its own; else infinite."""
+    claimed = {event: times for event, times in counts.items() if isinstance(event, Claimed)}
+    pure = {event: times for event, times in counts.items() if isinstance(event, DiscreteLaplace)}
+    deltas = math.fsum(event.delta * times for event, times in claimed.items())
+    if len(claimed) + len(pure) < len(counts) or deltas > delta * (1 + ROUNDING):
+        return Figure(epsilon=math.inf, method="claimed" if claimed else "sum")
+    epsilons = [event.epsilon * times for event, times in claimed.items()]
+    epsilons += [event.cost * times for event, times in pure.items()]
+    return Figure(epsilon=math.fsum(epsilons), method="claimed" if claimed else "sum")
+
+
+def _closed_form(counts: Counts, delta: float) -> Figure:
+    """Gaussian mechanisms alone: their squared inverse noise multipliers add up (Dong et al. 2022, corollary 3.3)."""
+    plain = [_as_gaussian(event) for event in counts]
+    if not all(plain):
+        return Figure(epsilon=math.inf, method="closed form")
+    ((relation, *others),) = [{each.relation for each in plain if each}]
+    if others:
+        raise ValueError("events of two neighbouring relations do not compose")
+    return Figure(epsilon=_gaussians(counts, relation, delta), method="closed form")
+
+
+def _gaussians(counts: Counts, relation: accounting.Relation, delta: float) -> float:
+    steps = [(each.noise_multiplier, each.steps * counts[event]) for event in counts if (each := _as_gaussian(event))]
+    if len(steps) == 1:
+        # In the same words as a plan's own figure, so that both are the same number.
+        (noise_multiplier, count), *_ = steps
+    elif any(sigma == 0 for sigma, _ in steps):
+        return math.inf
+    else:
+        noise_multiplier, count = _joint(steps), 1
+    return accounting.epsilon(
+        sampling_rate=1.0, noise_multiplier=noise_multiplier, steps=count, delta=delta, relation=relation
+    )
+
+
+def _joint(steps: list[tuple[float, int]]) -> float:
+    return 1 / math.sqrt(math.fsum(count / sigma**2 for sigma, count in steps))
+
+
+def _numeric(counts: Counts, delta: float) -> Figure:
+    """The figure from privacy loss distributions; infinite where they would be too long or too many."""
+    alone = [_alone(event, times, delta) for event, times in counts.items()]
+    if len(counts) == 1:
+        return alone[0]
+    sampled = [event for event in counts if isinstance(event, SampledGaussian) and event.sampling_rate < 1]
+    too_long = any(
+        accounting.accountant(
+            sampling_rate=event.sampling_rate,
+            noise_multiplier=event.noise_multiplier,
+            steps=event.steps * counts[event],
+        )
+        == "RDP"
+        for event in sampled
+    )
+    if not sampled or too_long or len(counts) > DISTINCT or not all(math.isfinite(each.epsilon) for each in alone):
+        return Figure(epsilon=math.inf, method="PLD")
+    # Another interval when an event joins could let the figure fall by a hair: each event alone bounds it from below.
+    return Figure(epsilon=max(_distributions(counts, delta), *(each.epsilon for each in alone)), method="PLD")
+
+
+def _alone(event: Event, times: int, delta: float) -> Figure:
+    if isinstance(event, DiscreteLaplace | Claimed):
+        return summed({event: times}, delta)
+    plain = _as_gaussian(event)
+    if plain is not None:
+        return Figure(epsilon=_gaussians({plain: times}, plain.relation, delta), method="closed form")
+    assert isinstance(event, SampledGaussian)
+    steps = event.steps * times
+    epsilon = accounting.epsilon(
+        sampling_rate=event.sampling_rate,
+        noise_multiplier=event.noise_multiplier,
+        steps=steps,
+        delta=delta,
+        relation=event.relation,
+    )
+    how = accounting.accountant(sampling_rate=event.sampling_rate, noise_multiplier=event.noise_multiplier, steps=steps)
+    return Figure(epsilon=epsilon, method="RDP" if how == "RDP" else "PLD")
+
+
+def _distributions(counts: Counts, delta: float) -> float:
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import common
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    relations = {
+        "zero-out": NeighboringRelation.REPLACE_SPECIAL,
+        "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "replace-one": NeighboringRelation.REPLACE_ONE,
+    }
+    ((relation, *others),) = [{event.relation for event in counts}]
+    if others:
+        raise ValueError("events of two neighbouring relations do not compose")
+    plain = [(each.noise_multiplier, each.steps * counts[event]) for event in counts if (each := _as_gaussian(event))]
+    gaussians = [(1.0, _joint(plain), 1)] if plain else []
+    for event, times in counts.items():
+        if isinstance(event, SampledGaussian) and event.sampling_rate < 1:
+            gaussians.append((event.sampling_rate, event.noise_multiplier, event.steps * times))
+    widest = max(1e-5 * (10 / sigma + 0.5 / sigma**2) for _, sigma, _ in gaussians)
+    interval = max(min(accounting.CALIBRATING, *(0.1 * q / sigma for q, sigma, _ in gaussians)), widest)
+    whole = pld.identity(value_discretization_interval=interval)
+    for q, sigma, count in gaussians:
+        step = pld.from_gaussian_mechanism(
+            standard_deviation=sigma,
+            sampling_prob=q,
+            value_discretization_interval=interval,
+            neighboring_relation=relations[relation],
+        )
+        whole = whole.compose(step.self_compose(count))
+    for event, times in counts.items():
+        if isinstance(event, DiscreteLaplace):
+            pure = common.DifferentialPrivacyParameters(event.cost, 0.0)
+            whole = whole.compose(pld.from_privacy_parameters(pure, interval).self_compose(times))
+    return float(whole.get_epsilon_for_delta(delta))
+
+
+def renyi_costs(counts: Counts) -> list[float]:
+    """Return the Rényi costs of events at each of ORDERS; infinite where an event has none."""
+    curves = [(_curve(event), times) for event, times in counts.items()]
+    return [math.fsum(curve[place] * times for curve, times in curves) for place in range(len(ORDERS))]
+
+
+def converted(costs: list[float], delta: float) -> float:
+    """Rényi costs at ORDERS to epsilon (Canonne, Kamath and Steinke 2020, proposition 12)."""
+    if not any(costs):
+        return 0.0
+    found = [
+        cost + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+        for order, cost in zip(ORDERS, costs, strict=True)
+    ]
+    return max(0.0, min(found))
+
+
+@lru_cache(maxsize=1024)
+def _curve(event: Event) -> tuple[float, ...]:
+    """Return the Rényi cost of one event at each of ORDERS."""
+    if isinstance(event, Claimed):
+        return (math.inf,) * len(ORDERS)
+    if isinstance(event, DiscreteLaplace):
+        return tuple(_pure(event.cost, order) for order in ORDERS)
+    if event.noise_multiplier == 0:
+        return (math.inf,) * len(ORDERS)
+    moved = 4 if event.relation == "replace-one" else 1
+    unamplified = [event.steps * moved * order / (2 * event.noise_multiplier**2) for order in ORDERS]
+    # No Rényi bound is known to dp-accounting for replace-one: there the bound without amplification stands.
+    if isinstance(event, Gaussian) or event.sampling_rate == 1 or event.relation == "replace-one":
+        return tuple(unamplified)
+    if event.sampling_rate == 0:
+        return (0.0,) * len(ORDERS)
+    amplified = _sampled(event.sampling_rate, event.noise_multiplier, event.steps)
+    return tuple(min(pair) for pair in zip(amplified, unamplified, strict=True))
+
+
+def _sampled(sampling_rate: float, noise_multiplier: float, steps: int) -> list[float]:
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    renyi = RdpAccountant(orders=list(ORDERS), neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+    renyi.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)), steps)
+    return [float(each) for each in renyi.rdp]
+
+
+def _pure(epsilon: float, order: int) -> float:
+    """Rényi divergence of randomized response, the worst of all epsilon-DP (Kairouz et al. 2015, theorem 3.1)."""
+    log_p = -math.log1p(math.exp(-epsilon))
+    log_q = log_p - epsilon
+    high, low = order * log_p + (1 - order) * log_q, order * log_q + (1 - order) * log_p
+    return min(epsilon, max(0.0, (high + math.log1p(math.exp(low - high))) / (order - 1)))
+
+
+def _is_empty(event: Event) -> bool:
+    return isinstance(event, SampledGaussian) and event.sampling_rate == 0
+
+
+def _as_gaussian(event: Event) -> Gaussian | None:
+    if isinstance(event, SampledGaussian) and event.sampling_rate == 1:
+        return Gaussian(
+            noise_multiplier=event.noise_multiplier,
+            steps=event.steps,
+            relation=event.relation,
+            delta=event.delta,
+            part=event.part,
+        )
+    return event if isinstance(event, Gaussian) else None
+
+
+def positive(counts: Counts) -> dict[Event, int]:
+    """Return the events that were drawn at all."""
+    return {event: times for event, times in counts.items() if times > 0}

@@ -6,13 +6,13 @@ Every complaint is one sentence with key, value, mend, file and line, raised bef
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .core import toml
+from .core.complaints import first_complaint, place, shown
 from .core.errors import InputError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,7 +61,7 @@ class ClientsTable(_Table):
     partitioner: str = "natural"
     partitioner_options: dict[str, Any] = {}
     count: Count | None = None
-    sampling: Literal["all", "fixed", "poisson"] = "all"
+    sampling: Literal["all", "fixed", "poisson", "cyclic"] = "all"
     per_round: Count | None = None
 
 
@@ -71,6 +71,7 @@ class TrainTable(_Table):
     model: str | None = None
     epochs: Count = 1
     batch_size: Count = 32
+    microbatch_size: Count | None = None
     optimizer: Literal["sgd", "adam", "adagrad"] = "sgd"
     learning_rate: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
@@ -96,6 +97,10 @@ class PrivacyTable(_Table):
     epsilon_budget: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     clipping_norm: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 1.0
+    clipping: Literal["flat", "per-layer"] = "flat"
+    adaptive_clipping: bool = False
+    bands: Count | None = None
+    clipping_quantile: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
     randomness: Literal["secret", "seed"] = "secret"
 
 
@@ -104,6 +109,7 @@ class SimulationTable(_Table):
 
     workers: Count | Literal["auto"] = "auto"
     kernel: Literal["auto", "sequential"] = "auto"
+    speed_spread: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     curves: bool = True
     baselines: bool | Literal["auto"] = "auto"
 
@@ -160,7 +166,7 @@ class Experiment(_Table):
         try:
             experiment = cls.model_validate(merged)
         except ValidationError as error:
-            raise _first_complaint(error, source, text) from None
+            raise first_complaint(error, model=Experiment, source=source, text=text) from None
         experiment._source, experiment._folder, experiment._text = source, folder, text
         experiment._refuse_conflicts()
         return experiment
@@ -177,7 +183,7 @@ class Experiment(_Table):
 
     def place(self, *path: str) -> str:
         """Return where a key stands, as ` (heart.toml, line 14)`, to end a complaint with."""
-        return _place(self._source, self._text, path)
+        return place(self._source, self._text, path)
 
     def to_toml(self) -> str:
         """Return the whole experiment, defaults included, as TOML."""
@@ -188,7 +194,7 @@ class Experiment(_Table):
         value: Any = self
         for part in path:
             value = getattr(value, part)
-        return InputError("experiment-conflict", f"{'.'.join(path)} = {_shown(value)}: {why}{self.place(*path)}")
+        return InputError("experiment-conflict", f"{'.'.join(path)} = {shown(value)}: {why}{self.place(*path)}")
 
     def _refuse_conflicts(self) -> None:
         privacy, clients, server = self.privacy, self.clients, self.server
@@ -202,6 +208,24 @@ class Experiment(_Table):
             raise self.conflict("privacy", "unit", why="needs privacy.epsilon or privacy.noise_multiplier")
         if privacy.epsilon_budget is not None and privacy.noise_multiplier is None:
             raise self.conflict("privacy", "epsilon_budget", why="goes with privacy.noise_multiplier alone")
+        if privacy.adaptive_clipping and privacy.unit != "client":
+            raise self.conflict("privacy", "adaptive_clipping", why='goes with privacy.unit = "client" alone')
+        if privacy.bands and (privacy.unit != "client" or clients.sampling != "cyclic"):
+            raise self.conflict(
+                "privacy", "bands", why='goes with privacy.unit = "client" and clients.sampling = "cyclic" alone'
+            )
+        if privacy.bands and privacy.adaptive_clipping:
+            raise self.conflict("privacy", "bands", why="goes without privacy.adaptive_clipping")
+        if privacy.clipping != "flat" and privacy.unit != "record":
+            raise self.conflict("privacy", "clipping", why='goes with privacy.unit = "record" alone')
+        if self.train.microbatch_size and privacy.unit != "record":
+            raise self.conflict("train", "microbatch_size", why='goes with privacy.unit = "record" alone')
+        if privacy.unit == "client" and server.evaluate_every:
+            raise self.conflict(
+                "server",
+                "evaluate_every",
+                why="metrics of clients are withheld at the client level; the curves in private/ are exact",
+            )
         if clients.app and privacy.unit == "record":
             raise self.conflict(
                 "clients", "app", why='bract cannot see the gradients of a Flower ClientApp; use privacy.unit = "none"'
@@ -224,62 +248,3 @@ class Experiment(_Table):
             raise self.conflict("train", "momentum", why='goes with train.optimizer = "sgd"')
         if server.patience and not server.evaluate_every:
             raise self.conflict("server", "patience", why="needs server.evaluate_every, the rounds between releases")
-
-
-def _first_complaint(error: ValidationError, source: Path | None, text: str) -> InputError:
-    # Unknown keys first: a misspelt key is the cause of what else is wrong.
-    found = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")[0]
-    # Union members add their own name to the location; keys of the file are what the model has.
-    path = tuple(str(part) for part in found["loc"][:2])
-    name, place = ".".join(path), _place(source, text, path)
-    if found["type"] == "extra_forbidden":
-        table = Experiment.model_fields.get(path[0])
-        fields = Experiment.model_fields if len(path) == 1 else table.annotation.model_fields  # type: ignore[union-attr]
-        near = get_close_matches(path[-1], fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
-        kind = "table" if len(path) == 1 else "key"
-        return InputError("experiment-key", f"{name}: unknown {kind}; {hint}{place}")
-    return InputError("experiment-value", f"{name} = {_shown(found['input'])}: {_demand(found)}{place}")
-
-
-def _demand(found: Any) -> str:
-    context = found.get("ctx", {})
-    match found["type"]:
-        case "greater_than":
-            return f"must be above {context['gt']:g}"
-        case "greater_than_equal":
-            return f"must be at least {context['ge']:g}"
-        case "less_than":
-            return f"must be below {context['lt']:g}"
-        case "less_than_equal":
-            return f"must be at most {context['le']:g}"
-        case "finite_number":
-            return "must be a finite number"
-        case "literal_error":
-            return f"must be one of {context['expected']}"
-        case "string_pattern_mismatch":
-            return "must be letters, digits, dots, dashes and underscores"
-        case "model_type" | "dict_type" | "model_attributes_type":
-            return "must be a table"
-        case "tuple_type":
-            return "must be a list"
-        case kind if kind.startswith(("int", "float", "bool", "string")):
-            kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a string"}
-            return f"must be {kinds[kind.split('_')[0]]}"
-        case _:
-            return str(found["msg"])
-
-
-def _place(source: Path | None, text: str, path: tuple[str, ...]) -> str:
-    if source is None:
-        return ""
-    line = toml.line_of(text, path)
-    return f" ({source.name}, line {line})" if line else f" ({source.name})"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value}"

@@ -32,7 +32,7 @@ class Site:
     data: SiteData
     key: Key
     plan: RecordLevelPlan | None
-    evaluation: EvaluationPlan
+    evaluation: EvaluationPlan | None
 
 
 def client_app(
@@ -94,6 +94,8 @@ def client_app(
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         site = sites[str(context.node_config["name"])]
+        if site.evaluation is None:
+            raise RunError("metrics-withheld", "metrics are withheld")
         shared = gate.admit(message)
         kept = kept_of(context.state, (PERSONAL, *rule.keeps))
         model.load(shared, kept.get(PERSONAL))

@@ -16,20 +16,23 @@ _TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
 _KEY = re.compile(r"^\s*([A-Za-z0-9_.\-\"' ]+?)\s*=")
 
 
-def read(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the tables of a TOML file and its text; raises InputError for a missing or a broken file."""
+def read(path: Path, *, kind: str = "experiment") -> tuple[dict[str, Any], str]:
+    """Return the tables of a TOML file and its text; raises InputError for a missing or a broken file.
+
+    `kind` is the file's, which its codes begin with: `experiment-missing`, `experiment-syntax`.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InputError("experiment-missing", f"{path}: there is no such file") from error
+        raise InputError(f"{kind}-missing", f"{path}: there is no such file") from error
     except IsADirectoryError as error:
-        raise InputError("experiment-missing", f"{path}: this is a folder; give the experiment file in it") from error
+        raise InputError(f"{kind}-missing", f"{path}: this is a folder; give the {kind} file in it") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("experiment-missing", f"{path}: cannot be read as text ({error})") from error
+        raise InputError(f"{kind}-missing", f"{path}: cannot be read as text ({error})") from error
     try:
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
-        raise InputError("experiment-syntax", f"{path}: not valid TOML: {error}") from error
+        raise InputError(f"{kind}-syntax", f"{path}: not valid TOML: {error}") from error
 
 
 def write(tables: Mapping[str, Any]) -> str:

@@ -72,6 +72,11 @@ class AdaptiveClippingPlan:
         return self.expected_cohort / 20 if self.vote_deviation is None else self.vote_deviation
 
     @property
+    def votes_units(self) -> float:
+        """The votes' deviation in units of the grid that their noise lies on."""
+        return 2 * _UNITS * self.votes_deviation
+
+    @property
     def update_noise_multiplier(self) -> float:
         """Return z_u = (z^-2 - (2 s)^-2)^(-1/2): the updates get a little more noise than z, to pay for the votes."""
         if self.noise_multiplier == 0:
@@ -115,7 +120,7 @@ class ClippingState:
         total = sum(int(vote) for vote in votes) * _UNITS
         plan = self.plan
         if plan.noise_multiplier > 0:
-            total += int(sample(stream, 2 * _UNITS * plan.votes_deviation, 1)[0])
+            total += int(sample(stream, plan.votes_units, 1)[0])
         unclipped = 0.5 + total / (2 * _UNITS) / plan.expected_cohort
         # A draw far out in the tail must not overflow exp.
         exponent = min(max(-plan.learning_rate * (unclipped - plan.quantile), -50.0), 50.0)

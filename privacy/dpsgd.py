@@ -6,8 +6,9 @@ Opacus rounds the sampling rate and draws noise from torch's global generator; h
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -49,6 +50,7 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         plan: RecordLevelPlan,
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
+        layers: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
         super().__init__(
             optimizer,
@@ -59,32 +61,39 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         self._noise = noise
         self._deviation = plan.noise_deviation
         self._parameters = list(self.params)
+        # Layers whose norms are at most C / √L each keep a whole gradient's within C.
+        self._layers = [list(layer) for layer in layers] if plan.per_layer else [self._parameters]
+        self._layer_norm = plan.clipping_norm / math.sqrt(len(self._layers))
         self._correct = correct
         self.examples = 0
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Set every gradient to (Σ clip(g_i) + noise) / expected batch, and let it be corrected."""
-        self.clip_and_accumulate()
         self.add_noise()
         self.scale_grad()
         self._correct()
         return True
 
     def clip_and_accumulate(self) -> None:
-        """Set `summed_grad` to the sum of the clipped per-example gradients; zero where there is none.
+        """Add the clipped per-example gradients of one pass to `summed_grad`, and forget them.
 
-        Raises RunError if some gradient has another number of rows than the batch has examples.
+        Raises RunError if some gradient has another number of rows than the pass has examples.
         """
-        samples = [self._rows(p) for p in self._parameters]
-        there = [sample for sample in samples if sample is not None]
-        factors = _clip_factors(there, self.max_grad_norm) if there else None
-        for p, sample in zip(self._parameters, samples, strict=True):
-            if sample is None or factors is None:
-                p.summed_grad = torch.zeros_like(p)
-            else:
-                # A bad example has the factor 0, but 0 · NaN is NaN.
-                finite = sample.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-                p.summed_grad = (factors @ finite).view_as(p).to(p.dtype)
+        rows = [[self._rows(p) for p in layer] for layer in self._layers]
+        found = [[sample for sample in samples if sample is not None] for samples in rows]
+        factors = [_clip_factors(samples, self._layer_norm) if samples else None for samples in found]
+        there = [each for each in factors if each is not None]
+        # An example that is bad in one layer counts as zero in all of them.
+        sound = torch.stack(there).amin(dim=0) > 0 if there else torch.zeros(0)
+        for layer, samples, factor in zip(self._layers, rows, factors, strict=True):
+            for p, sample in zip(layer, samples, strict=True):
+                if sample is not None and factor is not None:
+                    # A bad example has the factor 0, but 0 · NaN is NaN.
+                    finite = sample.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                    part = ((factor * sound) @ finite).view_as(p)
+                    p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
+        for p in self._parameters:
+            p.grad_sample = p.grad = None
 
     def _rows(self, p: nn.Parameter) -> Tensor | None:
         if self.examples == 0 or p.grad_sample is None:  # type: ignore[attr-defined]
@@ -105,7 +114,8 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         first = 0
         for p in self._parameters:
             part = normals[first : first + p.numel()].view_as(p) * self._deviation
-            p.grad = p.summed_grad + part.to(p.dtype).to(p.device)
+            noise = part.to(p.dtype).to(p.device)
+            p.grad = noise if p.summed_grad is None else p.summed_grad.to(p.dtype) + noise
             first += p.numel()
 
     def scale_grad(self) -> None:
@@ -144,7 +154,9 @@ class DPSGD:
             self._wrapped = GradSampleModule(self._module, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             raise RunError("model-not-private", f"train.model: {str(error).splitlines()[0]}") from error
-        self._private = StreamOptimizer(self._optimizer, plan=self._plan, noise=self._noise, correct=self._correct)
+        self._private = StreamOptimizer(
+            self._optimizer, plan=self._plan, noise=self._noise, correct=self._correct, layers=_layers(self._module)
+        )
         self._hooks = [
             module.register_forward_pre_hook(_contiguous)
             for module in self._module.modules()
@@ -169,21 +181,42 @@ class DPSGD:
         self._module.train(self._was_training)
 
     def step(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
-        """Take one step on a Poisson batch, inputs [n, ...] and targets [n], with loss(outputs, targets) -> [n]."""
+        """Take one step on a Poisson batch, inputs [n, ...] and targets [n], with loss(outputs, targets) -> [n].
+
+        A batch larger than the plan's microbatches takes several passes: it is never cut.
+        """
         self._private.zero_grad(set_to_none=True)
-        self._private.examples = len(inputs)
-        if len(inputs):
-            losses = loss(self._wrapped(inputs), targets)
-            if losses.shape != (len(inputs),):
-                raise RunError(
-                    "plugin-invalid",
-                    f"task.loss returned the shape {list(losses.shape)} for {len(inputs)} examples; give one loss each",
-                )
-            with warnings.catch_warnings():
-                # The inputs are data: that they have no gradient is as it should be.
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                losses.sum().backward()
+        size = self._plan.microbatch_size or max(1, len(inputs))
+        for first in range(0, len(inputs), size):
+            self._pass(inputs[first : first + size], targets[first : first + size], loss)
         self._private.step()
+
+    def _pass(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
+        """Add the clipped gradients of some examples to those of the step."""
+        losses = loss(self._wrapped(inputs), targets)
+        if losses.shape != (len(inputs),):
+            raise RunError(
+                "plugin-invalid",
+                f"task.loss returned the shape {list(losses.shape)} for {len(inputs)} examples; give one loss each",
+            )
+        with warnings.catch_warnings():
+            # The inputs are data: that they have no gradient is as it should be.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()
+        self._private.examples = len(inputs)
+        self._private.clip_and_accumulate()
+
+
+def _layers(module: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the trained parameters by the module that owns them; a parameter that two share goes with the first."""
+    seen: set[nn.Parameter] = set()
+    layers = []
+    for part in module.modules():
+        own = [p for p in part.parameters(recurse=False) if p.requires_grad and p not in seen]
+        seen.update(own)
+        if own:
+            layers.append(own)
+    return layers
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

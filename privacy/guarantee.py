@@ -68,14 +68,16 @@ class Guarantee:
             if self.replace_one_epsilon is None
             else f", and epsilon {rounded_up(self.replace_one_epsilon)} if it may be replaced by any other"
         )
+        # Metrics leave under a mechanism of their own, which there is for records alone.
+        released, sampled = ("model and the metrics", "batches") if self.unit == "record" else ("models", "cohorts")
         drawn = (
-            "the noise and the batches came from a secret key"
+            f"the noise and the {sampled} came from a secret key"
             if self.randomness == "secret"
-            else "the noise and the batches came from a published seed, so it is not private towards anyone who knows "
-            "the seed"
+            else f"the noise and the {sampled} came from a published seed, so it is not private towards anyone who "
+            "knows the seed"
         )
         return (
-            f"The model and the metrics that this run released tell at most epsilon {rounded_up(self.epsilon)} (delta "
+            f"The {released} that this run released tell at most epsilon {rounded_up(self.epsilon)} (delta "
             f"{self.delta:g}) about any one {self.unit} under {self.neighbouring}{replace_one}; that holds for the "
             f"whole run, {self.sampler}, and {drawn}."
         )

@@ -26,6 +26,9 @@ class RecordLevelPlan:
 
     `accounted_records` (fewest, most) accounts the site with the sampling rate of the fewest and the steps of the most
     records: an upper bound that many sites of nearly equal size share. None accounts for exactly what is done.
+
+    `per_layer` clips each of L layers to C / √L instead of the whole gradient to C: the same sensitivity. A batch of
+    more than `microbatch_size` examples takes several passes for one step: how, not what, is computed.
     """
 
     records: int
@@ -36,6 +39,8 @@ class RecordLevelPlan:
     noise_multiplier: float
     delta: float
     accounted_records: tuple[int, int] | None = None
+    per_layer: bool = False
+    microbatch_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_count("records", self.records)
@@ -46,6 +51,8 @@ class RecordLevelPlan:
         _check_not_negative("noise_multiplier", self.noise_multiplier)
         _check_probability("delta", self.delta)
         _check_covers(self.records, self.accounted_records)
+        if self.microbatch_size is not None:
+            _check_count("microbatch_size", self.microbatch_size)
 
     @classmethod
     def calibrate(
@@ -59,6 +66,8 @@ class RecordLevelPlan:
         clipping_norm: float,
         delta: float,
         accounted_records: tuple[int, int] | None = None,
+        per_layer: bool = False,
+        microbatch_size: int | None = None,
     ) -> Self:
         """Return the plan with the least noise that keeps the zero-out epsilon of all rounds within `epsilon`."""
         silent = cls(
@@ -70,6 +79,8 @@ class RecordLevelPlan:
             noise_multiplier=0.0,
             delta=delta,
             accounted_records=accounted_records,
+            per_layer=per_layer,
+            microbatch_size=microbatch_size,
         )
         noise_multiplier = accounting.noise_multiplier(
             sampling_rate=silent.accounted_rate, steps=silent.accounted_steps(), epsilon=epsilon, delta=delta

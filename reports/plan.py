@@ -45,13 +45,26 @@ def print_plan(described: Mapping[str, Any], console: Console | None = None) -> 
     console.print(_sites(described, list(sites)[: FIRST if many else LISTED]))
     if many:
         console.print(f"… and {len(sites) - FIRST:,} more clients; --json lists all")
-    evaluation = described["evaluation"]
-    if evaluation["epsilon"] is not None:
+    evaluation, aggregate = described["evaluation"], described["aggregate"]
+    if aggregate is not None:
+        console.print(_mechanism(aggregate))
+    if evaluation is None:
+        console.print("metrics: withheld")
+    elif evaluation["epsilon"] is not None:
         console.print(
             f"metrics: released {words.plural(evaluation['releases'], 'time')} from test records, "
             f"epsilon {words.epsilon(evaluation['epsilon'])} in all"
         )
     console.print(escape(described["guarantee"]["sentence"]))
+
+
+def _mechanism(aggregate: Mapping[str, Any]) -> str:
+    """The client-level mechanism in one line."""
+    norm = f"{words.number(aggregate['clipping_norm'])}{' at first' if aggregate['adaptive_clipping'] else ''}"
+    return (
+        f"server: updates clipped to {norm}, noise multiplier {aggregate['update_noise_multiplier']:.3f}, cohorts of "
+        f"{aggregate['cohort']:,} ({aggregate['sampling']}, q = {aggregate['sampling_rate']:.4g})"
+    )
 
 
 def _quantiles(distribution: Mapping[str, Any]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,11 @@ class RoundGrid(Grid):
 
     @abstractmethod
     def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
-        """Send messages and return their replies as they arrive, folded if `fold` is given."""
+        """Send messages and return their replies as they arrive, folded if `fold` is given.
+
+        With `until` they are the first so many good ones from whoever is in flight, and failures until then. What has
+        not arrived by then does so in a later exchange with `until`; one without hands over its own replies alone.
+        """
 
     @abstractmethod
     def get_node_ids(self) -> Iterable[int]:
@@ -117,17 +122,26 @@ class FlowerGrid(RoundGrid):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._late: deque[Arrival] = deque()
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the other grid's node ids."""
         return self._grid.get_node_ids()
 
     def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
-        """Send messages, wait for all replies, and hand them over."""
+        """Send messages, wait for all replies, and hand them over, with `until` those first that came before."""
         by_node = {message.metadata.dst_node_id: message for message in messages}
         replies = self._grid.send_and_receive(by_node.values())
         arrivals = (Arrival(instruction=by_node[reply.metadata.src_node_id], reply=reply) for reply in replies)
-        return Exchange(arrivals, fold=fold, until=until)
+        if until is None:
+            return Exchange(arrivals, fold=fold)
+        self._late.extend(arrivals)
+        return Exchange(_emptying(self._late), fold=fold, until=until)
+
+
+def _emptying(late: deque[Arrival]) -> Iterator[Arrival]:
+    while late:
+        yield late.popleft()
 
 
 class CohortGrid(RoundGrid):

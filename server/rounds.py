@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -16,69 +16,17 @@ from ..core import flower
 from ..core.errors import RunError
 from ..core.parameters import Arrays, Layout, arrays_of, digest, record_of
 from ..privacy.release import EvaluationPlan
+from ..strategies.asynchronous import Asynchronous
 from ..strategies.state import load_strategy_state, strategy_state
 from .checkpoint import Checkpoint
 from .cohort import CohortSampler
 from .evaluation import evaluate
 from .events import ClientFailed, ClientReplied, Evaluated, Listener, Notice, RoundFinished, RoundStarted
 from .grid import CohortGrid, Exchange, RoundGrid
+from .private_aggregation import PrivateAggregation
+from .progress import COUNTED, Budget, Progress, Rules
 
-# What of the progress is counted along the way, besides the model.
-_COUNTED = (
-    "trained",
-    "skipped",
-    "best",
-    "best_round",
-    "best_arrays",
-    "best_histograms",
-    "histograms",
-    "evaluated_round",
-)
-
-
-class Budget(Protocol):
-    """What the rounds spend. A cohort is charged before its data is touched, whether or not it replies."""
-
-    def allows(self, cohort: Sequence[str]) -> bool:
-        """Return whether these clients may train once more."""
-
-    def charge(self, cohort: Sequence[str]) -> None:
-        """Count one round of training for these clients."""
-
-    def epsilon(self) -> float | None:
-        """Return the largest epsilon of all clients so far, None where there is no privacy to account for."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was spent."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was spent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How the loop decides: when to evaluate, when to stop early, which share of a cohort must reply."""
-
-    rounds: int
-    quorum: float
-    evaluate_every: int = 0
-    patience: int = 0
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where the loop stands; all of it is in the checkpoint."""
-
-    round: int
-    arrays: dict[str, NDArray[np.generic]]
-    trained: int = 0
-    skipped: int = 0
-    best: float | None = None
-    best_round: int = 0
-    best_arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    best_histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    evaluated_round: int = 0
+_TELLING = ("clients", "failed", "bytes_up", "bytes_down", "virtual_time", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -86,7 +34,8 @@ class RoundLoop:
     """Everything that a run of rounds needs; `run` goes through them.
 
     `clients` maps node ids to names, in order. `remember_clients` returns what puts clients' states back to what they
-    are when it is called. `after_round` gets the progress and what makes the checkpoint.
+    are when it is called. `virtual_time` is that of simulated clients. `after_round` gets the progress and what makes
+    the checkpoint. A round of an `Asynchronous` strategy is one step of the server.
     """
 
     strategy: Strategy
@@ -97,10 +46,12 @@ class RoundLoop:
     rules: Rules
     evaluation: EvaluationPlan | None
     emit: Listener
+    aggregation: PrivateAggregation | None = None
     strategy_evaluates: bool = False
     strategy_seed: int = 0
     client_states: Callable[[], dict[str, Any]] = dict
     remember_clients: Callable[[], Callable[[], None]] = lambda: lambda: None
+    virtual_time: Callable[[], float | None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False
     after_round: Callable[[Progress, Callable[[], Checkpoint]], None] = lambda progress, make: None
     on_strategy_error: Callable[[Exception], None] = lambda error: None
@@ -113,13 +64,13 @@ class RoundLoop:
         layout = Layout.of(progress.arrays)
         while progress.round < self.rules.rounds:
             number = progress.round + 1
-            cohort = self.sampler.draw(number, list(self.clients))
+            cohort = self._draw(number)
             names = [self.clients[node] for node in cohort]
             if not self.budget.allows(names):
                 self.emit(Notice(text=f"round {number} would exceed the privacy budget; stopping after {number - 1}"))
                 return "budget-exhausted"
             started, spent = time.perf_counter(), self.budget.state_dict()
-            self.emit(RoundStarted(round=number, cohort=len(cohort)))
+            self.emit(RoundStarted(round=number, cohort=self._awaited(cohort)))
             self.budget.charge(names)
             forget_round = self.remember_clients()
             try:
@@ -131,16 +82,19 @@ class RoundLoop:
                 raise
             progress.round = number
             progress.trained += record["clients"]
-            progress.skipped += bool(cohort) and not self._quorate(record["clients"], len(cohort))
+            progress.skipped += record.pop("skipped")
             if self.rules.evaluate_every and number % self.rules.evaluate_every == 0:
                 record |= self.evaluate(progress)
-            epsilon = self.budget.epsilon()
+            known = {"virtual_time": self.virtual_time(), "epsilon": self.budget.epsilon()}
             record = {
                 "round": number,
                 **record,
-                **({} if epsilon is None else {"epsilon": epsilon}),
+                **{name: value for name, value in known.items() if value is not None},
                 "seconds": round(time.perf_counter() - started, 4),
             }
+            if self.aggregation is not None:
+                # They tell the size of a cohort that must stay secret.
+                record = {name: value for name, value in record.items() if name not in _TELLING}
             self.emit(RoundFinished(round=number, record=record))
             self.after_round(progress, lambda: self.checkpoint(progress))
             evaluated = progress.evaluated_round == number
@@ -149,12 +103,29 @@ class RoundLoop:
                 return "stopped-early"
             if self.should_stop():
                 raise KeyboardInterrupt
-        if progress.skipped and progress.skipped == progress.round:
+        learnt = progress.trained > 0 if self.aggregation is not None else progress.skipped < progress.round
+        if progress.round and not learnt:
             raise RunError("quorum-missed", "no round had a quorum of clients that replied, so nothing was learned")
         return "completed"
 
-    def _quorate(self, replied: int, asked: int) -> bool:
-        return replied > 0 and replied >= self.rules.quorum * asked
+    def _draw(self, number: int) -> list[int]:
+        """Return who is sent a message in this round, and pays for it, whenever the reply comes."""
+        population = list(self.clients)
+        if isinstance(self.strategy, Asynchronous):
+            return list(self._call(self.strategy.draw, number, population))
+        return self.sampler.draw(number, population)
+
+    def _awaited(self, cohort: Sequence[int]) -> int:
+        """Return how many replies the round waits for."""
+        return self.strategy.buffer if isinstance(self.strategy, Asynchronous) else len(cohort)
+
+    def _quorate(self, replies: Sequence[Message], asked: int) -> bool:
+        if self.aggregation is not None:
+            # That a client fails may follow from its records, so it counts as there, with an update of zero; and an
+            # empty cohort is released as noise.
+            return len(replies) >= self.rules.quorum * asked
+        good = sum(reply.has_content() for reply in replies)
+        return good > 0 and good >= self.rules.quorum * asked
 
     def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Release metrics of the current model, remember the best, and return them."""
@@ -185,7 +156,11 @@ class RoundLoop:
             round=progress.round,
             arrays=dict(progress.arrays),
             strategy=strategy_state(self.strategy),
-            progress={name: getattr(progress, name) for name in _COUNTED} | {"budget": self.budget.state_dict()},
+            progress={name: getattr(progress, name) for name in COUNTED}
+            | {
+                "budget": self.budget.state_dict(),
+                "aggregation": self.aggregation.state_dict() if self.aggregation else {},
+            },
             clients=self.client_states(),
         )
 
@@ -193,7 +168,9 @@ class RoundLoop:
         """Put strategy and budget back, and return the progress to go on from."""
         load_strategy_state(self.strategy, checkpoint.strategy)
         self.budget.load_state_dict(checkpoint.progress["budget"])
-        kept = {name: checkpoint.progress[name] for name in _COUNTED}
+        if self.aggregation is not None:
+            self.aggregation.load_state_dict(checkpoint.progress["aggregation"])
+        kept = {name: checkpoint.progress[name] for name in COUNTED}
         return Progress(round=checkpoint.round, arrays=checkpoint.arrays, **kept)
 
     def _train(
@@ -201,28 +178,45 @@ class RoundLoop:
     ) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
         """Train one cohort and return the new model and the round's record; below the quorum the model stays."""
         size = sum(array.nbytes for array in arrays.values())
-        record: dict[str, Any] = {"clients": 0, "failed": 0, "bytes_down": size * len(cohort), "bytes_up": 0}
-        if not cohort:
+        record: dict[str, Any] = {
+            "clients": 0,
+            "failed": 0,
+            "bytes_down": size * len(cohort),
+            "bytes_up": 0,
+            "skipped": False,
+        }
+        awaited = self._awaited(cohort)
+        if not awaited and self.aggregation is None:
             return arrays, record
         view = CohortGrid(self.grid, cohort)
         # The global `random` is what Flower's strategies draw from; seeded by round, a resumed run draws the same.
         with flower.seeded_random(self.strategy_seed + number):
             messages = self._configure(number, arrays, view)
             fold = self._call(self.strategy.fold) if hasattr(self.strategy, "fold") else None
-            exchange = view.exchange(messages, fold=fold)
+            if self.aggregation is not None:
+                fold = clipped = self.aggregation.fold(arrays, self.strategy, fold)
+                record["clipping_norm"] = clipped.clipping_norm
+            asynchronous = isinstance(self.strategy, Asynchronous)
+            exchange = view.exchange(messages, fold=fold, until=awaited if asynchronous else None)
             replies = self._receive(number, exchange)
             good = [reply for reply in replies if reply.has_content()]
             record |= {"clients": len(good), "failed": len(replies) - len(good), "bytes_up": size * len(good)}
-            if not self._quorate(len(good), len(cohort)):
+            if not self._quorate(replies, awaited):
+                record["skipped"] = True
+                if isinstance(self.strategy, Asynchronous):
+                    self._call(self.strategy.skip_train, number, replies)
                 self.emit(
                     Notice(
-                        text=f"round {number}: {len(good)} of {len(cohort)} clients replied, below the quorum; "
+                        text=f"round {number}: {len(good)} of {awaited} clients replied, below the quorum; "
                         "the model stays as it was"
                     )
                 )
                 return arrays, record
-            if exchange.total is not None:
-                aggregate, metrics = self._call(self.strategy.aggregate_total, number, exchange.total)  # type: ignore[attr-defined]
+            total = exchange.total
+            if self.aggregation is not None:
+                total = self.aggregation.release(number, clipped, total)
+            if total is not None:
+                aggregate, metrics = self._call(self.strategy.aggregate_total, number, total)  # type: ignore[attr-defined]
             else:
                 aggregate, metrics = self._call(self.strategy.aggregate_train, number, replies)
             for remark in getattr(self.strategy, "remarks", ()):

@@ -50,6 +50,8 @@ class RunDirectory:
             raise InputError("run-unwritable", f"{path}: cannot be made ({error.strerror})") from error
         run = cls(path)
         run.write("private/key", key.secret.hex() + "\n", mode=0o600)
+        if experiment.privacy.bands:
+            run.write("private/noise_key", Key.fresh().secret.hex() + "\n", mode=0o600)
         run.write("experiment.toml", experiment.to_toml())
         return run
 
@@ -66,12 +68,17 @@ class RunDirectory:
         """The folder of checkpoints (0700: a client's personal tensors are in them)."""
         return self.path / "checkpoint"
 
-    def key(self) -> Key:
-        """Return the run's secret key."""
+    def key(self, name: str = "key") -> Key:
+        """Return the run's secret key, or that of its correlated noise: "noise_key"."""
         try:
-            return Key(bytes.fromhex((self.path / "private" / "key").read_text()))
+            return Key(bytes.fromhex((self.path / "private" / name).read_text()))
         except (OSError, ValueError) as error:
-            raise RunError("run-unreadable", f"{self.path}/private/key: without its key a run cannot go on") from error
+            sentence = f"{self.path}/private/{name}: without its key a run cannot go on"
+            raise RunError("run-unreadable", sentence) from error
+
+    def forget_noise_key(self) -> None:
+        """Delete the key of the correlated noise: whoever has it can take the noise off, and the run has ended."""
+        (self.path / "private" / "noise_key").unlink(missing_ok=True)
 
     def write(self, name: str, text: str, *, mode: int | None = None) -> None:
         """Write a text file whole; what lies in `private/` is readable by its owner alone."""

@@ -1,4 +1,4 @@
-"""What each virtual client has spent in this run: a count of rounds for each, and the epsilon that follows."""
+"""What virtual clients have spent in this run: a count of rounds, for each or for all, and the epsilon that follows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..privacy.accounting import CALIBRATING
+from ..privacy.client_level import ClientLevelPlan
 from ..privacy.mechanism import RecordLevelPlan
+from .plan import Plan
 
 
 class Accounts:
@@ -56,6 +58,47 @@ class Accounts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the counts."""
         self.rounds.update({name: int(count) for name, count in state["rounds"].items()})
+
+
+class PopulationAccount:
+    """The rounds of a client-level mechanism: each counts for every client, drawn or not."""
+
+    def __init__(self, plan: ClientLevelPlan, *, epsilon_budget: float | None = None) -> None:
+        self._plan, self._budget, self._count = plan, epsilon_budget, 0
+
+    @property
+    def rounds(self) -> dict[str, int]:
+        """The rounds that everybody has spent."""
+        return {"all": self._count}
+
+    def allows(self, cohort: Sequence[str]) -> bool:
+        """Return whether one more round keeps everybody within the plan and the budget."""
+        if self._count >= self._plan.rounds:
+            return False
+        return self._budget is None or self._plan.epsilon(self._count + 1) <= self._budget
+
+    def charge(self, cohort: Sequence[str]) -> None:
+        """Count one round, also where nobody was drawn."""
+        self._count += 1
+
+    def epsilon(self) -> float | None:
+        """Return the epsilon so far."""
+        return self._plan.epsilon(self._count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count."""
+        return {"rounds": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the count."""
+        self._count = int(state["rounds"])
+
+
+def accounts_of(plan: Plan, *, epsilon_budget: float | None) -> Accounts | PopulationAccount:
+    """Return what counts a run's spending."""
+    if plan.aggregate is not None:
+        return PopulationAccount(plan.aggregate, epsilon_budget=epsilon_budget)
+    return Accounts(plan.mechanisms, epsilon_budget=epsilon_budget)
 
 
 def _epsilon(plan: RecordLevelPlan, count: int) -> float:

@@ -13,20 +13,23 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError
 from ..core.keys import Key
-from ..core.parameters import digest
+from ..core.parameters import Layout, digest
 from ..experiment import Experiment
 from ..server.events import Listener
 from ..server.manifest import manifest, refuse_other_software
+from ..server.private_aggregation import PrivateAggregation
 from ..server.run_directory import RunDirectory
+from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
-from .accounts import Accounts
+from .accounts import Accounts, PopulationAccount, accounts_of
 from .executors import Executor, InlineExecutor
-from .federation import Federation, flower_federation, virtual_federation
+from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
-from .plan import Plan, load_clients, make_plan
+from .plan import Plan, load_clients, make_plan, refuse_too_few_clients
 from .recipe import Recipe
 from .shared_data import SharedData
 from .sizing import worker_count
+from .virtual_clock import VirtualClock
 from .workers import WorkerPool
 
 
@@ -39,7 +42,7 @@ class Assembly:
     task: Task | None
     data: Mapping[str, SiteData]
     plan: Plan
-    accounts: Accounts
+    accounts: Accounts | PopulationAccount
     federation: Federation
     grid: VirtualGrid
     key: Key
@@ -66,11 +69,18 @@ def assemble(
     secret = existing.key() if existing else Key.fresh()
     key = secret if experiment.privacy.randomness == "secret" else Key.from_seed(experiment.experiment.seed)
     counts = {name: len(site.train) for name, site in data.items()}
-    plan = make_plan(experiment, counts, len(task.classes) if task else 2, emit)
+    plan = make_plan(
+        experiment,
+        counts or dict.fromkeys(client_names(experiment.clients.count or 1), 0),
+        len(task.classes) if task else 2,
+        emit,
+        coordinates=travelling_size(experiment, task, strategy) if experiment.privacy.unit == "client" else 1,
+    )
     if task is None:
         federation = flower_federation(experiment, strategy)
     else:
         federation = virtual_federation(experiment, task, data, plan, key=key, strategy=strategy)
+    refuse_too_few_clients(experiment, strategy, len(federation.names))
     # Made last: what was refused until here leaves no folder behind.
     directory = existing or RunDirectory.create(cast(Path, free), experiment, secret)
     workers = worker_count(
@@ -94,13 +104,31 @@ def assemble(
         task=task,
         data=data,
         plan=plan,
-        accounts=Accounts(plan.mechanisms, epsilon_budget=experiment.privacy.epsilon_budget),
+        accounts=accounts_of(plan, epsilon_budget=experiment.privacy.epsilon_budget),
         federation=federation,
-        grid=VirtualGrid(executor, federation.names, run_config=experiment.clients.run_config),
+        grid=VirtualGrid(
+            executor,
+            federation.names,
+            run_config=experiment.clients.run_config,
+            clock=VirtualClock.of(experiment),
+        ),
         key=key,
     )
     _describe(assembly, resumed=existing is not None)
     return assembly
+
+
+def aggregation_of(assembly: Assembly) -> PrivateAggregation | None:
+    """Return the server's mechanism, None where the clients have their own or there is none."""
+    if assembly.plan.aggregate is None:
+        return None
+    secret = assembly.experiment.privacy.randomness == "secret"
+
+    def noise_key() -> Key:
+        return assembly.directory.key("noise_key") if secret else assembly.key.child("correlated")
+
+    layout, key = Layout.of(assembly.federation.initial), assembly.key.child("server")
+    return PrivateAggregation(assembly.plan.aggregate, layout=layout, key=key, noise_key=noise_key)
 
 
 def _describe(assembly: Assembly, *, resumed: bool) -> None:
@@ -113,7 +141,8 @@ def _describe(assembly: Assembly, *, resumed: bool) -> None:
         parameters=federation.size,
         clients=len(federation.names),
         classes=assembly.task.classes if assembly.task else (),
-        sites=assembly.data,
+        # Under client-level privacy nothing that is passed on names a client.
+        sites=assembly.data if assembly.plan.aggregate is None else {},
         mechanisms=assembly.plan.mechanisms,
     )
     origin = {

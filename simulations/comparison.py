@@ -21,13 +21,15 @@ from ..core.parameters import Arrays
 from ..experiment import Experiment, PrivacyTable
 from ..server.cohort import CohortSampler
 from ..server.events import Listener, Phase, PhaseAdvanced
-from ..server.rounds import Progress, RoundLoop, Rules
+from ..server.progress import Progress, Rules
+from ..server.rounds import RoundLoop
 from ..tasks.task import Examples, SiteData, Task
 from .accounts import Accounts
 from .executors import InlineExecutor
 from .federation import Federation, virtual_federation
 from .grid import VirtualGrid
 from .plan import make_plan
+from .virtual_clock import VirtualClock
 
 # With more sites a table of lone models is no longer read, and costs a run each.
 MOST_SITES = 10
@@ -127,7 +129,8 @@ def _trained(
     planned = make_plan(experiment, {name: len(site.train) for name, site in data.items()}, len(task.classes), _silent)
     strategy = make_strategy()
     federation = virtual_federation(experiment, task, data, planned, key=key, strategy=strategy)
-    grid = VirtualGrid(InlineExecutor(federation.app, log=_silent), federation.names)
+    executor = InlineExecutor(federation.app, log=_silent)
+    grid = VirtualGrid(executor, federation.names, clock=VirtualClock.of(experiment))
     loop = RoundLoop(
         strategy=strategy,
         grid=grid,

@@ -15,7 +15,7 @@ from ..privacy.mechanism import RecordLevelPlan
 from ..tasks.registry import find_task
 from ..tasks.task import SiteData
 from .federation import local_model, local_rule
-from .plan import load_clients, make_plan
+from .plan import Plan, load_clients, make_plan
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -29,7 +29,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     rule = local_rule(experiment)
     model, _ = local_model(experiment, module, rule)
     counts = {name: len(site.train) for name, site in data.items()}
-    planned = make_plan(experiment, counts, len(task.classes), lambda event: None)
+    planned = make_plan(experiment, counts, len(task.classes), lambda event: None, coordinates=model.layout.size)
     rounds = experiment.experiment.rounds
     size = sum(tensor.element_size() * tensor.numel() for tensor in model.shared.values())
     # Down and up: the model, and each record that the strategy sends beside it.
@@ -48,8 +48,31 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "bytes": {"client_round": travels, "run": travels * rounds * (cohort or 0)},
         "distribution": _distribution(list(sites.values())),
         "sites": sites,
-        "evaluation": {"releases": planned.evaluation.releases, "epsilon": planned.evaluation.epsilon},
+        "evaluation": _describe_evaluation(planned),
+        "aggregate": _describe_aggregate(planned),
         "guarantee": planned.guarantee(experiment).to_dict(),
+    }
+
+
+def _describe_evaluation(planned: Plan) -> dict[str, Any] | None:
+    evaluation = planned.evaluation
+    return None if evaluation is None else {"releases": evaluation.releases, "epsilon": evaluation.epsilon}
+
+
+def _describe_aggregate(planned: Plan) -> dict[str, Any] | None:
+    """Return the client-level mechanism, None where there is none."""
+    plan = planned.aggregate
+    if plan is None:
+        return None
+    return {
+        "sampling": plan.sampling,
+        "sampling_rate": plan.sampling_rate,
+        "cohort": plan.cohort,
+        "clipping_norm": plan.clipping_norm,
+        "adaptive_clipping": plan.adaptive_clipping,
+        "noise_multiplier": plan.noise_multiplier,
+        "update_noise_multiplier": plan.update_noise_multiplier,
+        "epsilon": plan.epsilon(),
     }
 
 

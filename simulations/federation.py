@@ -38,7 +38,8 @@ Arrays = dict[str, NDArray[np.generic]]
 class Federation:
     """What a round loop runs on.
 
-    `module` puts shared tensors into the resident module. `evaluation` is None where the clients' own app evaluates.
+    `module` puts shared tensors into the resident module. `evaluation` is None where the clients' own app evaluates,
+    or nobody does.
     """
 
     app: ClientApp
@@ -47,6 +48,7 @@ class Federation:
     module: Callable[[Arrays], nn.Module]
     device: str = "cpu"
     evaluation: EvaluationPlan | None = None
+    withholds_metrics: bool = False
     local: LocalModel | None = None
     notes: tuple[str, ...] = ()
 
@@ -73,7 +75,7 @@ def virtual_federation(
     private = experiment.privacy.unit != "none"
     module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
     model, training = local_model(experiment, module, rule, device=choose_device(experiment.train.device))
-    if private:
+    if plan.mechanisms:
         refuse_mixing(model.module, next(iter(data.values())).train.inputs)
     sites = {
         name: Site(
@@ -98,6 +100,7 @@ def virtual_federation(
         module=loaded,
         device=str(model.device),
         evaluation=plan.evaluation,
+        withholds_metrics=plan.evaluation is None,
         local=model,
         notes=tuple(notes),
     )
@@ -133,6 +136,15 @@ def local_model(
     return LocalModel(module, training, device=device, keep_buffers=not private), training
 
 
+def travelling_size(experiment: Experiment, task: Task | None, strategy: object | None = None) -> int:
+    """Return how many values the model that travels has."""
+    if task is None:
+        return sum(tensor.numel() for tensor in make_module(experiment).state_dict().values())
+    private = experiment.privacy.unit != "none"
+    module, _ = build_module(task, seed=experiment.experiment.seed, private=private)
+    return local_model(experiment, module, local_rule(experiment, strategy))[0].layout.size
+
+
 def flower_federation(experiment: Experiment, strategy: object | None = None) -> Federation:
     """Return the federation of a Flower ClientApp's clients; the app brings its own data and its own metrics."""
     local_rule(experiment, strategy)
@@ -152,4 +164,10 @@ def flower_federation(experiment: Experiment, strategy: object | None = None) ->
 
     # A Flower app sends and expects the whole state_dict.
     initial: Arrays = {name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
-    return Federation(app=app, names=tuple(client_names(clients.count or 1)), initial=initial, module=loaded)
+    return Federation(
+        app=app,
+        names=tuple(client_names(clients.count or 1)),
+        initial=initial,
+        module=loaded,
+        withholds_metrics=experiment.privacy.unit != "none",
+    )

@@ -15,8 +15,8 @@ from torch import nn
 from ..core.errors import BractError
 from ..server.evaluation import Evaluation
 from ..server.events import Listener
+from ..server.progress import Progress
 from ..server.result import Result
-from ..server.rounds import Progress
 from .assembly import Assembly
 from .comparison import MOST_SITES, compare
 
@@ -70,7 +70,7 @@ def conclude(
         "guarantee": guarantee.to_dict(),
         "model_sha256": directory.save_model(_state(module)),
         "seconds": round(time.monotonic() - started, 3),
-        "clients_per_second": round(progress.trained / training_seconds, 3),
+        "clients_per_second": round(_trained(assembly, progress) / training_seconds, 3),
         "released": evaluation.to_dict() if evaluation else None,
         "error": {"code": error.code, "sentence": error.sentence} if error else None,
     }
@@ -78,7 +78,15 @@ def conclude(
     return Result(run_dir=directory.path, record=record, guarantee=guarantee, module=module)
 
 
+def _trained(assembly: Assembly, progress: Progress) -> int:
+    """Return how many times a client was trained; the expected number where cohorts are secret."""
+    aggregate = assembly.plan.aggregate
+    return progress.trained if aggregate is None else aggregate.cohort * progress.round
+
+
 def _wants_comparison(assembly: Assembly) -> bool:
+    if assembly.plan.aggregate is not None:
+        return False
     wanted = assembly.experiment.simulation.baselines
     return 1 < len(assembly.data) <= MOST_SITES if wanted == "auto" else wanted
 

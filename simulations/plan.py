@@ -10,10 +10,13 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..experiment import Experiment
+from ..privacy.client_guarantee import client_level
+from ..privacy.client_level import ClientLevelPlan
 from ..privacy.guarantee import Guarantee, no_privacy, record_level
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan
 from ..server.events import Listener, Phase, PhaseAdvanced
+from ..strategies.asynchronous import Asynchronous
 from ..tasks.partition import partition
 from ..tasks.task import SiteData, Task
 
@@ -23,23 +26,30 @@ MOST_SIZES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The mechanisms of a run, by client; without privacy there are none, and metrics are exact."""
+    """The mechanisms of a run: by client, or `aggregate` for all; without privacy there are none.
+
+    `evaluation` is None where no metrics are released; without privacy they are exact.
+    """
 
     mechanisms: Mapping[str, RecordLevelPlan]
-    evaluation: EvaluationPlan
+    evaluation: EvaluationPlan | None
+    aggregate: ClientLevelPlan | None = None
 
     def guarantee(self, experiment: Experiment, rounds: Mapping[str, int] | None = None) -> Guarantee:
         """Return the guarantee of clients that each trained so many rounds, by default all that are planned."""
         randomness = experiment.privacy.randomness
-        if not self.mechanisms:
-            return no_privacy(randomness=randomness)
         unaccounted = []
         if experiment.simulation.curves:
             unaccounted.append(
                 "the curves by round, which are exact (in private/, and in report.html under their heading)"
             )
-        if experiment.simulation.baselines:
+        if experiment.simulation.baselines and self.aggregate is None:
             unaccounted.append("the comparison with other models, which is exact (likewise)")
+        if self.aggregate is not None:
+            charged = max(rounds.values(), default=0) if rounds is not None else self.aggregate.rounds
+            return client_level(self.aggregate, charged, randomness=randomness, excludes_extra=unaccounted)
+        if not self.mechanisms:
+            return no_privacy(randomness=randomness)
         return record_level(
             self.mechanisms,
             rounds or {name: mechanism.rounds for name, mechanism in self.mechanisms.items()},
@@ -66,12 +76,19 @@ def load_clients(experiment: Experiment, task: Task) -> dict[str, SiteData]:
     return clients
 
 
-def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, emit: Listener) -> Plan:
-    """Return the mechanisms for clients with these numbers of training records, the noise calibrated."""
+def make_plan(
+    experiment: Experiment, records: Mapping[str, int], classes: int, emit: Listener, *, coordinates: int = 1
+) -> Plan:
+    """Return the mechanisms for clients with these numbers of training records, the noise calibrated.
+
+    `coordinates` is the number of values that travel.
+    """
     privacy, train, run = experiment.privacy, experiment.train, experiment.experiment
     releases = planned_releases(run.rounds, experiment.server.evaluate_every)
     if privacy.unit == "none":
         return Plan(mechanisms={}, evaluation=EvaluationPlan(epsilon=None, releases=releases, classes=classes))
+    if privacy.unit == "client":
+        return Plan(mechanisms={}, evaluation=None, aggregate=_aggregate(experiment, len(records), coordinates))
     emit(Phase(name=CALIBRATION, total=len(records)))
     classes_of_size = size_classes(records.values(), train.batch_size)
     mechanisms = {}
@@ -84,6 +101,8 @@ def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, 
             "clipping_norm": privacy.clipping_norm,
             "delta": privacy.delta,
             "accounted_records": classes_of_size.get(count),
+            "per_layer": privacy.clipping == "per-layer",
+            "microbatch_size": train.microbatch_size,
         }
         if privacy.epsilon is not None:
             mechanisms[name] = RecordLevelPlan.calibrate(epsilon=privacy.epsilon, **known)
@@ -93,6 +112,25 @@ def make_plan(experiment: Experiment, records: Mapping[str, int], classes: int, 
     # Test records are other records than those trained on, so they may spend as much.
     target = privacy.epsilon or privacy.epsilon_budget or max(each.epsilon() for each in mechanisms.values())
     return Plan(mechanisms=mechanisms, evaluation=EvaluationPlan(epsilon=target, releases=releases, classes=classes))
+
+
+def _aggregate(experiment: Experiment, clients: int, coordinates: int) -> ClientLevelPlan:
+    privacy, table = experiment.privacy, experiment.clients
+    known: dict[str, Any] = {
+        "clients": clients,
+        "cohort": clients if table.sampling == "all" else table.per_round,
+        "sampling": table.sampling,
+        "rounds": experiment.experiment.rounds,
+        "clipping_norm": privacy.clipping_norm,
+        "delta": privacy.delta,
+        "coordinates": coordinates,
+        "adaptive_clipping": privacy.adaptive_clipping,
+        "clipping_quantile": privacy.clipping_quantile,
+        "bands": privacy.bands,
+    }
+    if privacy.epsilon is not None:
+        return ClientLevelPlan.calibrate(epsilon=privacy.epsilon, **known)
+    return ClientLevelPlan(noise_multiplier=privacy.noise_multiplier or 0.0, **known)
 
 
 def size_classes(sizes: Iterable[int], batch_size: int) -> dict[int, tuple[int, int]]:
@@ -120,12 +158,24 @@ def planned_releases(rounds: int, evaluate_every: int) -> int:
     return -(-rounds // evaluate_every) if evaluate_every else 1
 
 
+def refuse_too_few_clients(experiment: Experiment, strategy: object, clients: int) -> None:
+    """Raise InputError for an asynchronous strategy whose buffer these clients can never fill."""
+    if isinstance(strategy, Asynchronous) and strategy.buffer > clients:
+        place = experiment.place("strategy", "buffer")
+        raise InputError(
+            "experiment-conflict",
+            f"strategy.buffer = {strategy.buffer}: must be at most the number of clients, {clients}{place}",
+        )
+
+
 def refuse_what_is_not_offered(experiment: Experiment, strategy: object) -> None:
     """Raise InputError for a combination that only the strategy's class decides.
 
     A strategy may say `allowed_units`, and that it `needs_counts` or `needs_metrics` in the clear.
     """
     unit, name = experiment.privacy.unit, type(strategy).__name__
+    if isinstance(strategy, Asynchronous) and experiment.clients.sampling != "all":
+        raise experiment.conflict("clients", "sampling", why=f"{name} draws whom it sends a model; drop the key")
     for need, what in (("needs_counts", "counts of records"), ("needs_metrics", "metrics")):
         if unit != "none" and getattr(strategy, need, False):
             raise experiment.conflict("privacy", "unit", why=f"{name} needs clients' {what}, which are withheld")
@@ -140,7 +190,5 @@ def refuse_what_is_not_offered(experiment: Experiment, strategy: object) -> None
         raise experiment.conflict(
             "privacy", "unit", why=f"noise on a sum needs a linear strategy, which {type(strategy).__name__} is not"
         )
-    raise InputError(
-        "experiment-value",
-        f'privacy.unit = "client": this version protects records; use "record"{experiment.place("privacy", "unit")}',
-    )
+    if getattr(strategy, "weights", "equal") != "equal":
+        raise experiment.conflict("privacy", "unit", why='goes with strategy.weights = "equal" alone')

@@ -20,14 +20,15 @@ from ..server import checkpoint as checkpoints
 from ..server.checkpoint import Checkpoint
 from ..server.cohort import CohortSampler
 from ..server.events import Checkpointed, Event, Listener, Notice, Phase, RoundFinished, RunFinished, RunStarted
+from ..server.progress import Progress, Rules
 from ..server.result import Result
-from ..server.rounds import Progress, RoundLoop, Rules
+from ..server.rounds import RoundLoop
 from ..server.run_directory import RunDirectory
 from ..strategies.registry import load_strategy, refuse_unserved, take_whole_cohorts
 from ..strategies.state import refuse_unsaveable
 from ..tasks.registry import find_task
 from ..tasks.task import Task
-from .assembly import Assembly, assemble
+from .assembly import Assembly, aggregation_of, assemble
 from .comparison import Curves
 from .experiments import DEFAULT_EXPERIMENT
 from .interrupt import graceful_interrupt
@@ -135,6 +136,8 @@ class Simulation:
                 status, error = "failed", failure
             training_seconds = time.monotonic() - training
             self._save(progress, lambda: loop.checkpoint(progress))
+            if status not in ("interrupted", "failed"):
+                assembly.directory.forget_noise_key()
             result = conclude(
                 assembly,
                 progress,
@@ -184,10 +187,12 @@ class Simulation:
             ),
             evaluation=federation.evaluation,
             emit=self._emit,
-            strategy_evaluates=federation.evaluation is None,
+            aggregation=aggregation_of(assembly),
+            strategy_evaluates=federation.evaluation is None and not federation.withholds_metrics,
             strategy_seed=run.seed,
-            client_states=assembly.grid.client_states,
+            client_states=assembly.grid.state_dict,
             remember_clients=assembly.grid.remember,
+            virtual_time=assembly.grid.virtual_time,
             should_stop=should_stop,
             after_round=self._after_round,
             on_strategy_error=log,
@@ -202,7 +207,7 @@ class Simulation:
         self._saved_at = time.monotonic()
         if found is None:
             return Progress(round=0, arrays=dict(assembly.federation.initial))
-        assembly.grid.load_client_states(found.clients)
+        assembly.grid.load_state_dict(found.clients)
         return loop.restore(found)
 
     def _after_round(self, progress: Progress, make: Callable[[], Checkpoint]) -> None:

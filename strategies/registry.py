@@ -22,6 +22,7 @@ BUILT_IN = {
     "fedadam": ("bract.strategies.server_rules:FedAdam", "Adam on the server (Reddi et al. 2021)"),
     "fedyogi": ("bract.strategies.server_rules:FedYogi", "Yogi on the server (Reddi et al. 2021)"),
     "fedadagrad": ("bract.strategies.server_rules:FedAdagrad", "Adagrad on the server (Reddi et al. 2021)"),
+    "fedbuff": ("bract.strategies.fedbuff:FedBuff", "asynchronous clients, a buffer of updates (Nguyen et al. 2022)"),
     "fedmedian": ("bract.strategies.coordinatewise:FedMedian", "median of each coordinate (Yin et al. 2018)"),
     "fedtrimmedavg": ("bract.strategies.coordinatewise:FedTrimmedAvg", "trimmed mean (Yin et al. 2018)"),
     "krum": ("bract.strategies.krum:Krum", "the model nearest to its neighbours (Blanchard et al. 2017)"),

@@ -16,7 +16,8 @@ from bract.core.parameters import record_of
 from bract.experiment import Experiment
 from bract.server.cohort import CohortSampler
 from bract.server.evaluation import evaluate
-from bract.server.rounds import Progress, RoundLoop, Rules
+from bract.server.progress import Progress, Rules
+from bract.server.rounds import RoundLoop
 from bract.simulations.accounts import Accounts
 from bract.simulations.executors import InlineExecutor
 from bract.simulations.federation import Federation, virtual_federation

@@ -222,6 +222,63 @@ def test_a_bad_example_counts_as_zero_alone(value: float) -> None:
     assert moved <= PLAN.clipping_norm if value == 1e38 else moved < 1e-6
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+def test_microbatches_change_the_memory_and_nothing_else(size: int, per_layer: bool) -> None:
+    module, (inputs, targets) = mlp(), data()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    noisy = replace(PLAN, noise_multiplier=1.0, per_layer=per_layer)
+    whole = one_step(module, inputs, targets, noisy)
+    module.load_state_dict(state)
+    seen: list[int] = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    pieces = one_step(module, inputs, targets, replace(noisy, microbatch_size=size))
+    assert sum(seen) == 7 and max(seen) <= size
+    for one, other in zip(whole, pieces, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_per_layer_clipping_clips_every_layer_and_bounds_the_whole() -> None:
+    module, (inputs, targets) = mlp(), data()
+    plan = replace(PLAN, per_layer=True, clipping_norm=0.05)
+    first, second = one_step(module, inputs[:1], targets[:1], plan), 0.05 / math.sqrt(2)
+    for layer in (first[:2], first[2:]):
+        assert norm(layer) == pytest.approx(second, rel=1e-3)
+    assert norm(first) <= 0.05 * (1 + 1e-5)
+    wide = replace(PLAN, per_layer=True, clipping_norm=1e3)
+    expected = microbatches(module, inputs, targets, 1e3)
+    for one, other in zip(one_step(module, inputs, targets, wide), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+class Branches(nn.Module):
+    """Each layer sees two of the four columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 3), nn.Linear(2, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.left(inputs[:, :2]) + self.right(inputs[:, 2:])
+
+
+def test_an_example_that_is_bad_in_one_layer_counts_as_zero_in_all() -> None:
+    """Else its sound layers would be more than a record without contribution."""
+    module, (inputs, targets) = Branches(), data()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    bad = inputs.clone()
+    bad[3, :2] = 3e38
+    plan = replace(PLAN, per_layer=True)
+    wrong = targets.clone()
+    # The loss of any class but the likeliest has a gradient, whose norm overflows in the left layer alone.
+    wrong[3] = (module(bad)[3].argmax() + 1) % 3
+    got = one_step(module, bad, wrong, plan)
+    module.load_state_dict(state)
+    rest = [0, 1, 2, 4, 5, 6]
+    for one, other in zip(got, one_step(module, inputs[rest], targets[rest], plan), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
 def test_a_loss_that_is_not_a_number_counts_as_zero_alone() -> None:
     module, (inputs, targets) = mlp(), data()
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}

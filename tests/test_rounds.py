@@ -226,7 +226,7 @@ def test_a_strategy_with_state_that_cannot_be_saved_is_refused_at_the_start(tiny
         ({"strategy.name": "flwr.serverapp.strategy:FedAvg", "strategy.fraction_train": 0.5}, "clients.per_round"),
         ({"strategy.name": "collections:OrderedDict"}, "no class that bract can make"),
         ({"strategy.name": "fractions:Fraction"}, "configure_train"),
-        ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0}, "protects records"),
+        ({"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "strategy.weights": "counted"}, "equal"),
         (
             {
                 "privacy.unit": "client",

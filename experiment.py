@@ -88,6 +88,16 @@ class StrategyTable(_OpenTable):
     name: str = "fedavg"
 
 
+class RecordTable(_Table):
+    """[privacy.record]: DP-SGD at the clients beneath client-level privacy."""
+
+    epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    clipping_norm: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 1.0
+    clipping: Literal["flat", "per-layer"] = "flat"
+
+
 class PrivacyTable(_Table):
     """[privacy]"""
 
@@ -102,6 +112,8 @@ class PrivacyTable(_Table):
     bands: Count | None = None
     clipping_quantile: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
     randomness: Literal["secret", "seed"] = "secret"
+    trust: Literal["server", "nobody"] = "server"
+    record: RecordTable | None = None
 
 
 class SimulationTable(_Table):
@@ -194,42 +206,14 @@ class Experiment(_Table):
         value: Any = self
         for part in path:
             value = getattr(value, part)
-        return InputError("experiment-conflict", f"{'.'.join(path)} = {shown(value)}: {why}{self.place(*path)}")
+        name = ".".join(path)
+        what = f"[{name}]" if isinstance(value, BaseModel) else f"{name} = {shown(value)}"
+        return InputError("experiment-conflict", f"{what}: {why}{self.place(*path)}")
 
     def _refuse_conflicts(self) -> None:
-        privacy, clients, server = self.privacy, self.clients, self.server
-        given = [name for name in ("epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
-        if len(given) == 2:
-            raise self.conflict("privacy", "noise_multiplier", why="goes without privacy.epsilon; drop one of the two")
-        # Said in so many words, "none" switches privacy off; a forgotten unit must not.
-        if "unit" not in privacy.model_fields_set and given:
-            raise self.conflict("privacy", given[0], why='needs privacy.unit = "record"')
-        if privacy.unit != "none" and not given:
-            raise self.conflict("privacy", "unit", why="needs privacy.epsilon or privacy.noise_multiplier")
-        if privacy.epsilon_budget is not None and privacy.noise_multiplier is None:
-            raise self.conflict("privacy", "epsilon_budget", why="goes with privacy.noise_multiplier alone")
-        if privacy.adaptive_clipping and privacy.unit != "client":
-            raise self.conflict("privacy", "adaptive_clipping", why='goes with privacy.unit = "client" alone')
-        if privacy.bands and (privacy.unit != "client" or clients.sampling != "cyclic"):
-            raise self.conflict(
-                "privacy", "bands", why='goes with privacy.unit = "client" and clients.sampling = "cyclic" alone'
-            )
-        if privacy.bands and privacy.adaptive_clipping:
-            raise self.conflict("privacy", "bands", why="goes without privacy.adaptive_clipping")
-        if privacy.clipping != "flat" and privacy.unit != "record":
-            raise self.conflict("privacy", "clipping", why='goes with privacy.unit = "record" alone')
-        if self.train.microbatch_size and privacy.unit != "record":
-            raise self.conflict("train", "microbatch_size", why='goes with privacy.unit = "record" alone')
-        if privacy.unit == "client" and server.evaluate_every:
-            raise self.conflict(
-                "server",
-                "evaluate_every",
-                why="metrics of clients are withheld at the client level; the curves in private/ are exact",
-            )
-        if clients.app and privacy.unit == "record":
-            raise self.conflict(
-                "clients", "app", why='bract cannot see the gradients of a Flower ClientApp; use privacy.unit = "none"'
-            )
+        self._refuse_privacy_conflicts()
+        self._refuse_client_level_conflicts()
+        clients, server = self.clients, self.server
         if clients.app and not self.task.model:
             raise self.conflict("clients", "app", why='needs task.model = "package.module:callable" to start from')
         if clients.app and clients.count is None:
@@ -240,11 +224,69 @@ class Experiment(_Table):
             raise self.conflict("clients", "sampling", why="needs clients.per_round")
         if clients.count is not None and clients.per_round is not None and clients.per_round > clients.count:
             raise self.conflict("clients", "per_round", why=f"must be at most clients.count, {clients.count}")
-        if self.train.buffers and privacy.unit == "record":
-            raise self.conflict(
-                "train", "buffers", why="no mechanism covers a buffer, so under privacy none may leave; drop the key"
-            )
         if self.train.momentum and self.train.optimizer != "sgd":
             raise self.conflict("train", "momentum", why='goes with train.optimizer = "sgd"')
         if server.patience and not server.evaluate_every:
             raise self.conflict("server", "patience", why="needs server.evaluate_every, the rounds between releases")
+
+    def _refuse_privacy_conflicts(self) -> None:
+        privacy, train = self.privacy, self.train
+        given = self._refuse_two_targets("privacy")
+        # Said in so many words, "none" switches privacy off; a forgotten unit must not.
+        if "unit" not in privacy.model_fields_set and given:
+            raise self.conflict("privacy", given, why='needs privacy.unit = "record"')
+        if privacy.unit != "none" and not given:
+            raise self.conflict("privacy", "unit", why="needs privacy.epsilon or privacy.noise_multiplier")
+        if privacy.epsilon_budget is not None and privacy.noise_multiplier is None:
+            raise self.conflict("privacy", "epsilon_budget", why="goes with privacy.noise_multiplier alone")
+        if privacy.clipping != "flat" and privacy.unit != "record":
+            raise self.conflict("privacy", "clipping", why='goes with privacy.unit = "record" alone')
+        if train.microbatch_size and privacy.unit != "record" and not privacy.record:
+            raise self.conflict("train", "microbatch_size", why="goes with record-level privacy alone")
+        if train.buffers and privacy.unit != "none":
+            raise self.conflict(
+                "train", "buffers", why="no mechanism covers a buffer, so under privacy none may leave; drop the key"
+            )
+        if self.clients.app and (privacy.unit == "record" or privacy.record or privacy.trust == "nobody"):
+            raise self.conflict(
+                "clients",
+                "app",
+                why="bract cannot see the gradients and updates within a Flower ClientApp; use "
+                'privacy.unit = "none", or "client" with a trusted server',
+            )
+
+    def _refuse_client_level_conflicts(self) -> None:
+        privacy, sampling = self.privacy, self.clients.sampling
+        if privacy.unit != "client":
+            for key in ("adaptive_clipping", "bands", "record"):
+                if getattr(privacy, key):
+                    raise self.conflict("privacy", key, why='goes with privacy.unit = "client" alone')
+            if privacy.trust != "server":
+                raise self.conflict("privacy", "trust", why='goes with privacy.unit = "client" alone')
+            return
+        if self.server.evaluate_every:
+            raise self.conflict(
+                "server",
+                "evaluate_every",
+                why="metrics of clients are withheld at the client level; the curves in private/ are exact",
+            )
+        if privacy.bands and sampling != "cyclic":
+            raise self.conflict("privacy", "bands", why='goes with clients.sampling = "cyclic" alone')
+        for key in ("adaptive_clipping", "bands"):
+            if getattr(privacy, key) and privacy.trust == "nobody":
+                raise self.conflict("privacy", key, why='needs a server that adds the noise: privacy.trust = "server"')
+        if privacy.bands and privacy.adaptive_clipping:
+            raise self.conflict("privacy", "bands", why="goes without privacy.adaptive_clipping")
+        if privacy.record and not self._refuse_two_targets("privacy", "record"):
+            raise self.conflict("privacy", "record", why="needs an epsilon or a noise_multiplier")
+
+    def _refuse_two_targets(self, *path: str) -> str | None:
+        """Return which of epsilon and noise_multiplier a table gives; raises InputError for both."""
+        table: Any = self
+        for part in path:
+            table = getattr(table, part)
+        given = [name for name in ("epsilon", "noise_multiplier") if getattr(table, name) is not None]
+        if len(given) == 2:
+            where = ".".join((*path, "epsilon"))
+            raise self.conflict(*path, "noise_multiplier", why=f"goes without {where}; drop one of the two")
+        return given[0] if given else None

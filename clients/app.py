@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from ..core.errors import RunError
 from ..core.keys import Key
 from ..core.parameters import Arrays, digest, record_of
+from ..privacy.local import LocalPlan
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan, histogram, release
 from ..strategies.local_rule import LocalRound, LocalSession, Sent
@@ -26,13 +29,17 @@ PERSONAL = "personal"
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One data owner: its records, its secret key, and the mechanisms that cover what it releases."""
+    """One data owner: its records, its secret key, and the mechanisms that cover what it releases.
+
+    `plan` noises each of its steps, `local` its whole update; `evaluation` is None where no metrics may leave.
+    """
 
     name: str
     data: SiteData
     key: Key
     plan: RecordLevelPlan | None
     evaluation: EvaluationPlan | None
+    local: LocalPlan | None = None
 
 
 def client_app(
@@ -82,6 +89,8 @@ def client_app(
         session = rule.session(round)
         sequential.train(model, task.loss, records, training, plan=site.plan, key=key, session=session)
         update, personal = model.shared_arrays(), model.personal_arrays()
+        if site.local is not None:
+            update = _noised(site.local, gate, shared, update, key)
         sent = session.finish()
         beside = Sent(arrays={name: model.beside(arrays) for name, arrays in sent.arrays.items()}, numbers=sent.numbers)
         reply = gate.release_update(message, update, records=len(records), sent=beside)
@@ -113,7 +122,7 @@ def _message_key(
 ) -> Key:
     config: Any = message.content["config"]
     key = site.key.child(purpose, int(config["server-round"]))
-    if site.plan is None:
+    if site.plan is None and site.local is None:
         return key
     # The same noise over two models' gradients would reveal their difference, and the server's word that a model is
     # the same is not enough.
@@ -122,6 +131,13 @@ def _message_key(
         for name in sorted(records):
             key = key.child(origin, name, digest(records[name]))
     return key
+
+
+def _noised(plan: LocalPlan, gate: Gate, received: Arrays, update: Arrays, key: Key) -> dict[str, NDArray[np.generic]]:
+    """Return the received model with the noised update on it; what the client trained is not sent."""
+    before, after = gate.layout.flatten(received), gate.layout.flatten(update)
+    noised = plan.release(after - before, key.child("local noise").stream())
+    return gate.layout.unflatten(before + noised)
 
 
 def _refuse_under_privacy(site: Site, what: str) -> None:

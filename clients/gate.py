@@ -21,8 +21,24 @@ from ..strategies.fedavg import COUNT_KEY
 from ..strategies.local_rule import PLAIN, LocalRule, Sent
 
 HISTOGRAM_KEY = "histogram"
-# Codes of failures whose sentence says nothing about a record; any other leaves as `client-failed`.
-_PUBLIC_CODES = ("reply-invalid", "value-out-of-range")
+# Codes of failures that say nothing about a record; any other leaves as `client-failed`.
+_PUBLIC_CODES = (
+    "reply-invalid",
+    "value-out-of-range",
+    "metrics-withheld",
+    "request-invalid",
+    "policy-refused",
+    "budget-exhausted",
+    "run-plan-changed",
+    "message-changed",
+    "reply-forgotten",
+    "ledger-budget",
+    "ledger-missing",
+    "ledger-unreadable",
+    "ledger-unwritable",
+    "ledger-tampered",
+    "ledger-rolled-back",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +102,15 @@ class Gate:
         metrics = MetricRecord({HISTOGRAM_KEY: [int(count) for count in released.ravel()]})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
+    def release_metrics(self, message: Message, numbers: Mapping[str, float], *, records: int) -> Message:
+        """Return the reply to an evaluate message that is answered in the clear: numbers that the rule names."""
+        for name in sorted(set(numbers) ^ set(self.rule.reports)):
+            raise RunError("reply-invalid", f"the number {name!r} is missing or was not declared")
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise RunError("value-out-of-range", f"the number {name!r} is not finite")
+        return Message(RecordDict({"metrics": MetricRecord({COUNT_KEY: records, **numbers})}), reply_to=message)
+
     def _check(self, arrays: Arrays) -> None:
         self.layout.check(arrays)
         for name, array in arrays.items():
@@ -95,8 +120,13 @@ class Gate:
 
 def release_error(message: Message, error: Exception) -> Message:
     """Return the error reply to a message: a code and the catalogue's own words."""
+    return flower.error_reply(message, *public_words(error))
+
+
+def public_words(error: Exception) -> tuple[str, str]:
+    """Return the code and the catalogue's sentence for an error: all of it that may leave."""
     code = error.code if isinstance(error, BractError) and error.code in _PUBLIC_CODES else "client-failed"
-    return flower.error_reply(message, code, CATALOGUE[code].meaning.rstrip("."))
+    return code, CATALOGUE[code].meaning.rstrip(".")
 
 
 def histogram_of(content: RecordDict, shape: tuple[int, ...]) -> NDArray[np.int64]:

@@ -57,6 +57,8 @@ def _in_the_file(model: type[BaseModel], location: Iterable[int | str]) -> tuple
     known: list[str] = []
     inside: Any = model
     for part in location:
+        # A table that may be left out.
+        inside = next((member for member in get_args(inside) if _is_table(member)), inside)
         if isinstance(inside, type) and issubclass(inside, BaseModel):
             known = list(inside.model_fields)
             field = inside.model_fields.get(str(part))

@@ -129,6 +129,34 @@ CATALOGUE: dict[str, Explanation] = {
         meaning="The next round would spend more privacy than the experiment allows.",
         mend="The model so far is saved. Plan more noise or fewer rounds in a new run; a spent budget stays spent.",
     ),
+    "policy-missing": Explanation(
+        meaning="The site's policy file does not exist or cannot be read.",
+        mend="Check the path; docs/policy.md shows a policy that can be copied.",
+    ),
+    "policy-syntax": Explanation(
+        meaning="The site's policy file is not valid TOML.",
+        mend="Mend the line that the message names; strings need quotes, tables stand in square brackets.",
+    ),
+    "policy-key": Explanation(
+        meaning="The site's policy file has a table or a key that bract does not know.",
+        mend="Take the nearest known name from the message, or delete the line; docs/policy.md lists all keys.",
+    ),
+    "policy-value": Explanation(
+        meaning="A key of the site's policy file has a value of the wrong type or out of range.",
+        mend="Give the value that the message asks for.",
+    ),
+    "policy-refused": Explanation(
+        meaning="The site's policy does not allow what was asked.",
+        mend="Ask for less, or have the site's owner write what the message at the site names into policy.toml.",
+    ),
+    "request-invalid": Explanation(
+        meaning="A message asks a site for something that is not in the form of this version of bract.",
+        mend="Run the same bract version on server and sites.",
+    ),
+    "data-undeclared": Explanation(
+        meaning="A data set holds more records than its owner declared.",
+        mend="Declare the number in policy.toml before a run begins; it is public from then on.",
+    ),
     "ledger-missing": Explanation(
         meaning="The site's folder holds no ledger, and nothing is trained without one.",
         mend="Make one with `bract ledger init STATE`, once; if there was one, restore it with its key.",

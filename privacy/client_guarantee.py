@@ -1,4 +1,4 @@
-"""The guarantee of a run whose server bounds and noises what each client adds."""
+"""The guarantees for whole clients: the server bounds and noises what they add, or they do it themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .client_level import ClientLevelPlan
 from .guarantee import Guarantee, Place, Randomness, no_privacy
+from .local import LocalPlan
 
 EXCLUDED = (
     "timing: how long a round or the run took",
@@ -22,6 +23,14 @@ _TRUST: dict[Place, str] = {
     "promise is about the released models",
     "federation": "the server is trusted: it sees every client's update before it adds the noise; the promise is about "
     "the models that it releases, towards everybody else",
+}
+
+
+_LOCAL_TRUST: dict[Place, str] = {
+    "simulation": "this is a simulation: one process holds all records; in it each client adds the noise to its own "
+    "update before anybody sees it, and the promise is about these updates",
+    "federation": "nobody is trusted: each client adds the noise to its own update before it leaves, so the promise "
+    "holds towards the server too",
 }
 
 
@@ -47,6 +56,36 @@ def client_level(
         trust=_TRUST[place],
         excludes=(*EXCLUDED, *([FLOATING] if plan.bands else []), *excludes_extra),
         replace_one_epsilon=plan.epsilon(rounds, relation="replace-one"),
+        released="models",
+        drawn="noise and the cohorts",
+    )
+
+
+def local_privacy(
+    plan: LocalPlan,
+    rounds: int,
+    *,
+    randomness: Randomness = "secret",
+    place: Place = "simulation",
+    excludes_extra: Sequence[str] = (),
+) -> Guarantee:
+    """Return the guarantee of clients that noise their own updates, after so many rounds of the run."""
+    sent = min(plan.participations, rounds)
+    epsilon = plan.epsilon(sent)
+    if not math.isfinite(epsilon):
+        return no_privacy(randomness=randomness, place=place, excludes_extra=excludes_extra)
+    return Guarantee(
+        epsilon=epsilon,
+        delta=plan.delta,
+        unit="client",
+        neighbouring=_ZERO_OUT,
+        sampler=f"{rounds} rounds in which a client sends at most {sent} updates",
+        randomness=randomness,
+        trust=_LOCAL_TRUST[place],
+        excludes=(*EXCLUDED, *excludes_extra),
+        replace_one_epsilon=plan.epsilon(sent, relation="replace-one"),
+        released="updates, and so the models,",
+        drawn="noise",
     )
 
 

@@ -40,7 +40,8 @@ _ZERO_OUT = "zero-out (one record replaced by one that contributes nothing, the 
 class Guarantee:
     """The privacy of a whole run; `epsilon` None means that there is none.
 
-    `per_client` maps client names to their epsilon, or above 100 clients min, p25, median, p75 and max.
+    `per_client` maps client names to their epsilon, or above 100 clients min, p25, median, p75 and max. `record` is the
+    guarantee for records beneath one for clients.
     """
 
     epsilon: float | None
@@ -53,6 +54,9 @@ class Guarantee:
     excludes: tuple[str, ...]
     replace_one_epsilon: float | None = None
     per_client: Mapping[str, float] = field(default_factory=dict)
+    released: str = "model and the metrics"
+    drawn: str = "noise and the batches"
+    record: Guarantee | None = None
 
     def __post_init__(self) -> None:
         _check_excludes(self.excludes)
@@ -68,18 +72,16 @@ class Guarantee:
             if self.replace_one_epsilon is None
             else f", and epsilon {rounded_up(self.replace_one_epsilon)} if it may be replaced by any other"
         )
-        # Metrics leave under a mechanism of their own, which there is for records alone.
-        released, sampled = ("model and the metrics", "batches") if self.unit == "record" else ("models", "cohorts")
         drawn = (
-            f"the noise and the {sampled} came from a secret key"
+            f"the {self.drawn} came from a secret key"
             if self.randomness == "secret"
-            else f"the noise and the {sampled} came from a published seed, so it is not private towards anyone who "
-            "knows the seed"
+            else f"the {self.drawn} came from a published seed, so it is not private towards anyone who knows the seed"
         )
+        beneath = f" {self.record.sentence}" if self.record is not None else ""
         return (
-            f"The {released} that this run released tell at most epsilon {rounded_up(self.epsilon)} (delta "
+            f"The {self.released} that this run released tell at most epsilon {rounded_up(self.epsilon)} (delta "
             f"{self.delta:g}) about any one {self.unit} under {self.neighbouring}{replace_one}; that holds for the "
-            f"whole run, {self.sampler}, and {drawn}."
+            f"whole run, {self.sampler}, and {drawn}.{beneath}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +90,7 @@ class Guarantee:
         return shown | {
             "excludes": list(self.excludes),
             "per_client": dict(self.per_client),
+            "record": None if self.record is None else self.record.to_dict(),
             "sentence": self.sentence,
         }
 
@@ -96,7 +99,9 @@ class Guarantee:
         """Return the guarantee of a JSON object that `to_dict` made."""
         known = {each.name for each in fields(cls)}
         kept = {name: item for name, item in value.items() if name in known}
-        return cls(**kept | {"excludes": tuple(kept["excludes"])})
+        record = kept.get("record")
+        beneath = None if record is None else cls.from_dict(record)
+        return cls(**kept | {"excludes": tuple(kept["excludes"]), "record": beneath})
 
 
 def record_level(

@@ -48,6 +48,8 @@ def print_plan(described: Mapping[str, Any], console: Console | None = None) -> 
     evaluation, aggregate = described["evaluation"], described["aggregate"]
     if aggregate is not None:
         console.print(_mechanism(aggregate))
+    if described["local"] is not None:
+        console.print(_local(described["local"]))
     if evaluation is None:
         console.print("metrics: withheld")
     elif evaluation["epsilon"] is not None:
@@ -64,6 +66,14 @@ def _mechanism(aggregate: Mapping[str, Any]) -> str:
     return (
         f"server: updates clipped to {norm}, noise multiplier {aggregate['update_noise_multiplier']:.3f}, cohorts of "
         f"{aggregate['cohort']:,} ({aggregate['sampling']}, q = {aggregate['sampling_rate']:.4g})"
+    )
+
+
+def _local(local: Mapping[str, Any]) -> str:
+    """What each client does to its updates, in one line."""
+    return (
+        f"clients: each of at most {local['participations']} updates clipped to "
+        f"{words.number(local['clipping_norm'])}, noise multiplier {local['noise_multiplier']:.3f}"
     )
 
 

@@ -56,17 +56,19 @@ class PrivateAggregation:
 
         Raises RunError unless that is the plain sum of models for which a clipped one can stand.
         """
-        if not isinstance(fold, WeightedSum) or fold.weighted_by is not None:
+        if not isinstance(fold, WeightedSum) or (fold.weighted_by is not None and fold.cap is None):
             raise RunError(
                 "strategy-failed",
-                f"strategy {type(strategy).__name__} asks for another sum than that of models with equal weights, "
-                "whose sensitivity is not known",
+                f"strategy {type(strategy).__name__} asks for another sum than that of models with equal or capped "
+                "weights, whose sensitivity is not known",
             )
         return ClippedSum(
             layout=self._layout,
             ring=self.plan.ring(self.clipping_norm),
             model=self._layout.flatten(arrays),
             clipping_norm=self.clipping_norm,
+            weighted_by=fold.weighted_by,
+            cap=fold.cap,
         )
 
     def release(self, round: int, fold: ClippedSum, total: ExactSum | None) -> ReleasedMean:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..privacy.accounting import CALIBRATING
-from ..privacy.client_level import ClientLevelPlan
 from ..privacy.mechanism import RecordLevelPlan
 from .plan import Plan
 
@@ -61,10 +60,16 @@ class Accounts:
 
 
 class PopulationAccount:
-    """The rounds of a client-level mechanism: each counts for every client, drawn or not."""
+    """The rounds of a mechanism for whole clients: each counts for every client, drawn or not.
 
-    def __init__(self, plan: ClientLevelPlan, *, epsilon_budget: float | None = None) -> None:
-        self._plan, self._budget, self._count = plan, epsilon_budget, 0
+    `epsilon_after` returns the epsilon of so many of the planned `rounds`.
+    """
+
+    def __init__(
+        self, *, rounds: int, epsilon_after: Callable[[int], float], epsilon_budget: float | None = None
+    ) -> None:
+        self._planned, self._epsilon_after, self._budget = rounds, epsilon_after, epsilon_budget
+        self._count = 0
 
     @property
     def rounds(self) -> dict[str, int]:
@@ -73,9 +78,9 @@ class PopulationAccount:
 
     def allows(self, cohort: Sequence[str]) -> bool:
         """Return whether one more round keeps everybody within the plan and the budget."""
-        if self._count >= self._plan.rounds:
+        if self._count >= self._planned:
             return False
-        return self._budget is None or self._plan.epsilon(self._count + 1) <= self._budget
+        return self._budget is None or self._epsilon_after(self._count + 1) <= self._budget
 
     def charge(self, cohort: Sequence[str]) -> None:
         """Count one round, also where nobody was drawn."""
@@ -83,7 +88,7 @@ class PopulationAccount:
 
     def epsilon(self) -> float | None:
         """Return the epsilon so far."""
-        return self._plan.epsilon(self._count)
+        return self._epsilon_after(self._count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count."""
@@ -94,10 +99,17 @@ class PopulationAccount:
         self._count = int(state["rounds"])
 
 
-def accounts_of(plan: Plan, *, epsilon_budget: float | None) -> Accounts | PopulationAccount:
+def accounts_of(plan: Plan, *, rounds: int, epsilon_budget: float | None) -> Accounts | PopulationAccount:
     """Return what counts a run's spending."""
-    if plan.aggregate is not None:
-        return PopulationAccount(plan.aggregate, epsilon_budget=epsilon_budget)
+    aggregate, local = plan.aggregate, plan.local
+    if aggregate is not None:
+        return PopulationAccount(rounds=rounds, epsilon_after=aggregate.epsilon, epsilon_budget=epsilon_budget)
+    if local is not None:
+
+        def after(count: int) -> float:
+            return local.epsilon(min(count, local.participations))
+
+        return PopulationAccount(rounds=rounds, epsilon_after=after, epsilon_budget=epsilon_budget)
     return Accounts(plan.mechanisms, epsilon_budget=epsilon_budget)
 
 

@@ -104,7 +104,9 @@ def assemble(
         task=task,
         data=data,
         plan=plan,
-        accounts=accounts_of(plan, epsilon_budget=experiment.privacy.epsilon_budget),
+        accounts=accounts_of(
+            plan, rounds=experiment.experiment.rounds, epsilon_budget=experiment.privacy.epsilon_budget
+        ),
         federation=federation,
         grid=VirtualGrid(
             executor,

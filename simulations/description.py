@@ -50,6 +50,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "sites": sites,
         "evaluation": _describe_evaluation(planned),
         "aggregate": _describe_aggregate(planned),
+        "local": _describe_local(planned),
         "guarantee": planned.guarantee(experiment).to_dict(),
     }
 
@@ -72,6 +73,19 @@ def _describe_aggregate(planned: Plan) -> dict[str, Any] | None:
         "adaptive_clipping": plan.adaptive_clipping,
         "noise_multiplier": plan.noise_multiplier,
         "update_noise_multiplier": plan.update_noise_multiplier,
+        "epsilon": plan.epsilon(),
+    }
+
+
+def _describe_local(planned: Plan) -> dict[str, Any] | None:
+    """Return what each client does to its updates, None where that is nothing."""
+    plan = planned.local
+    if plan is None:
+        return None
+    return {
+        "participations": plan.participations,
+        "clipping_norm": plan.clipping_norm,
+        "noise_multiplier": plan.noise_multiplier,
         "epsilon": plan.epsilon(),
     }
 

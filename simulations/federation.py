@@ -84,10 +84,12 @@ def virtual_federation(
             key=key.child("site", name),
             plan=plan.mechanisms.get(name),
             evaluation=plan.evaluation,
+            local=plan.local,
         )
         for name, site in data.items()
     }
-    gate = Gate(layout=model.layout, withhold_counts=private, rule=rule)
+    # A trusted server may weigh its clients by their counts; nobody else learns them.
+    gate = Gate(layout=model.layout, withhold_counts=private and plan.aggregate is None, rule=rule)
 
     def loaded(arrays: Arrays) -> nn.Module:
         model.load(arrays)

@@ -85,7 +85,7 @@ def _trained(assembly: Assembly, progress: Progress) -> int:
 
 
 def _wants_comparison(assembly: Assembly) -> bool:
-    if assembly.plan.aggregate is not None:
+    if assembly.experiment.privacy.unit == "client":
         return False
     wanted = assembly.experiment.simulation.baselines
     return 1 < len(assembly.data) <= MOST_SITES if wanted == "auto" else wanted

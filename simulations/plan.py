@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..core.errors import InputError
-from ..experiment import Experiment
-from ..privacy.client_guarantee import client_level
+from ..experiment import Experiment, PrivacyTable, RecordTable
+from ..privacy.client_guarantee import client_level, local_privacy
 from ..privacy.client_level import ClientLevelPlan
 from ..privacy.guarantee import Guarantee, no_privacy, record_level
+from ..privacy.local import LocalPlan
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan
 from ..server.events import Listener, Phase, PhaseAdvanced
 from ..strategies.asynchronous import Asynchronous
+from ..strategies.local_rule import PLAIN
 from ..tasks.partition import partition
 from ..tasks.task import SiteData, Task
 
@@ -26,37 +28,46 @@ MOST_SIZES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The mechanisms of a run: by client, or `aggregate` for all; without privacy there are none.
+    """The mechanisms of a run: of each client's steps, of the server's sum, or of each client's whole update.
 
-    `evaluation` is None where no metrics are released; without privacy they are exact.
+    Without privacy there are none. `evaluation` is None where no metrics are released; without privacy they are exact.
     """
 
     mechanisms: Mapping[str, RecordLevelPlan]
     evaluation: EvaluationPlan | None
     aggregate: ClientLevelPlan | None = None
+    local: LocalPlan | None = None
 
     def guarantee(self, experiment: Experiment, rounds: Mapping[str, int] | None = None) -> Guarantee:
         """Return the guarantee of clients that each trained so many rounds, by default all that are planned."""
         randomness = experiment.privacy.randomness
-        unaccounted = []
-        if experiment.simulation.curves:
-            unaccounted.append(
-                "the curves by round, which are exact (in private/, and in report.html under their heading)"
-            )
-        if experiment.simulation.baselines and self.aggregate is None:
-            unaccounted.append("the comparison with other models, which is exact (likewise)")
+        exact = self._exact(experiment)
+        if rounds is None:
+            rounds = dict.fromkeys(self.mechanisms or ("all",), experiment.experiment.rounds)
+        if self.aggregate is None and self.local is None:
+            if not self.mechanisms:
+                return no_privacy(randomness=randomness)
+            return record_level(self.mechanisms, rounds, self.evaluation, randomness=randomness, excludes_extra=exact)
+        charged = max(rounds.values(), default=0)
         if self.aggregate is not None:
-            charged = max(rounds.values(), default=0) if rounds is not None else self.aggregate.rounds
-            return client_level(self.aggregate, charged, randomness=randomness, excludes_extra=unaccounted)
-        if not self.mechanisms:
-            return no_privacy(randomness=randomness)
-        return record_level(
-            self.mechanisms,
-            rounds or {name: mechanism.rounds for name, mechanism in self.mechanisms.items()},
-            self.evaluation,
-            randomness=randomness,
-            excludes_extra=unaccounted,
-        )
+            found = client_level(self.aggregate, charged, randomness=randomness, excludes_extra=exact)
+        else:
+            found = local_privacy(cast(LocalPlan, self.local), charged, randomness=randomness, excludes_extra=exact)
+        if self.mechanisms:
+            # Which clients were drawn is secret, so each counts as if it had been in every round.
+            everywhere = dict.fromkeys(self.mechanisms, charged)
+            beneath = record_level(self.mechanisms, everywhere, randomness=randomness)
+            found = replace(found, record=replace(beneath, released="models"))
+        return found
+
+    def _exact(self, experiment: Experiment) -> list[str]:
+        """Return what a simulation shows that no mechanism covers."""
+        exact = []
+        if experiment.simulation.curves:
+            exact.append("the curves by round, which are exact (in private/, and in report.html under their heading)")
+        if experiment.simulation.baselines and experiment.privacy.unit == "record":
+            exact.append("the comparison with other models, which is exact (likewise)")
+        return exact
 
 
 def load_clients(experiment: Experiment, task: Task) -> dict[str, SiteData]:
@@ -83,12 +94,27 @@ def make_plan(
 
     `coordinates` is the number of values that travel.
     """
-    privacy, train, run = experiment.privacy, experiment.train, experiment.experiment
+    privacy, run = experiment.privacy, experiment.experiment
     releases = planned_releases(run.rounds, experiment.server.evaluate_every)
     if privacy.unit == "none":
         return Plan(mechanisms={}, evaluation=EvaluationPlan(epsilon=None, releases=releases, classes=classes))
     if privacy.unit == "client":
-        return Plan(mechanisms={}, evaluation=None, aggregate=_aggregate(experiment, len(records), coordinates))
+        mechanisms = _record_level(experiment, privacy.record, records, emit) if privacy.record else {}
+        if privacy.trust == "nobody":
+            local = _local(experiment, len(records), coordinates)
+            return Plan(mechanisms=mechanisms, evaluation=None, local=local)
+        aggregate = _aggregate(experiment, len(records), coordinates)
+        return Plan(mechanisms=mechanisms, evaluation=None, aggregate=aggregate)
+    mechanisms = _record_level(experiment, privacy, records, emit)
+    # Test records are other records than those trained on, so they may spend as much.
+    target = privacy.epsilon or privacy.epsilon_budget or max(each.epsilon() for each in mechanisms.values())
+    return Plan(mechanisms=mechanisms, evaluation=EvaluationPlan(epsilon=target, releases=releases, classes=classes))
+
+
+def _record_level(
+    experiment: Experiment, table: PrivacyTable | RecordTable, records: Mapping[str, int], emit: Listener
+) -> dict[str, RecordLevelPlan]:
+    train = experiment.train
     emit(Phase(name=CALIBRATION, total=len(records)))
     classes_of_size = size_classes(records.values(), train.batch_size)
     mechanisms = {}
@@ -97,21 +123,33 @@ def make_plan(
             "records": count,
             "batch_size": train.batch_size,
             "epochs": train.epochs,
-            "rounds": run.rounds,
-            "clipping_norm": privacy.clipping_norm,
-            "delta": privacy.delta,
+            "rounds": experiment.experiment.rounds,
+            "clipping_norm": table.clipping_norm,
+            "delta": table.delta,
             "accounted_records": classes_of_size.get(count),
-            "per_layer": privacy.clipping == "per-layer",
+            "per_layer": table.clipping == "per-layer",
             "microbatch_size": train.microbatch_size,
         }
-        if privacy.epsilon is not None:
-            mechanisms[name] = RecordLevelPlan.calibrate(epsilon=privacy.epsilon, **known)
+        if table.epsilon is not None:
+            mechanisms[name] = RecordLevelPlan.calibrate(epsilon=table.epsilon, **known)
         else:
-            mechanisms[name] = RecordLevelPlan(noise_multiplier=privacy.noise_multiplier or 0.0, **known)
+            mechanisms[name] = RecordLevelPlan(noise_multiplier=table.noise_multiplier or 0.0, **known)
         emit(PhaseAdvanced(name=CALIBRATION))
-    # Test records are other records than those trained on, so they may spend as much.
-    target = privacy.epsilon or privacy.epsilon_budget or max(each.epsilon() for each in mechanisms.values())
-    return Plan(mechanisms=mechanisms, evaluation=EvaluationPlan(epsilon=target, releases=releases, classes=classes))
+    return mechanisms
+
+
+def _local(experiment: Experiment, clients: int, coordinates: int) -> LocalPlan:
+    privacy, table = experiment.privacy, experiment.clients
+    period = -(-clients // (table.per_round or clients)) if table.sampling == "cyclic" else 1
+    known: dict[str, Any] = {
+        "participations": -(-experiment.experiment.rounds // period),
+        "clipping_norm": privacy.clipping_norm,
+        "delta": privacy.delta,
+        "coordinates": coordinates,
+    }
+    if privacy.epsilon is not None:
+        return LocalPlan.calibrate(epsilon=privacy.epsilon, **known)
+    return LocalPlan(noise_multiplier=privacy.noise_multiplier or 0.0, **known)
 
 
 def _aggregate(experiment: Experiment, clients: int, coordinates: int) -> ClientLevelPlan:
@@ -190,5 +228,11 @@ def refuse_what_is_not_offered(experiment: Experiment, strategy: object) -> None
         raise experiment.conflict(
             "privacy", "unit", why=f"noise on a sum needs a linear strategy, which {type(strategy).__name__} is not"
         )
-    if getattr(strategy, "weights", "equal") != "equal":
-        raise experiment.conflict("privacy", "unit", why='goes with strategy.weights = "equal" alone')
+    weights, cap = getattr(strategy, "weights", "equal"), getattr(strategy, "weight_cap", None)
+    if weights != "equal" and (cap is None or experiment.privacy.trust == "nobody"):
+        why = 'goes with strategy.weights = "equal", or with a trusted server "counted" and a strategy.weight_cap'
+        raise experiment.conflict("privacy", "unit", why=why)
+    rule = getattr(strategy, "local_rule", PLAIN)
+    if rule.sends or rule.reports:
+        why = f"{name} has clients send more than the model, which no mechanism covers"
+        raise experiment.conflict("privacy", "unit", why=why)

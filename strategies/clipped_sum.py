@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..core.parameters import Layout, arrays_of
 from ..core.ring import ExactSum, Ring
-from .fold import only
+from .fold import only, weight_of
 
 # The norm, the factor and the products are float64: none of their roundings may make a vector longer than the bound.
 _MARGIN = 1e-9
@@ -35,12 +35,15 @@ class ClippedSum:
 
     Sensitivity: each reply adds integers whose Euclidean norm is at most C / step: the factor min(1, C / |y - x|) is
     rounded down, and the ring rounds toward zero. An update that is not finite adds nothing. `model` is x, float64.
+    With `weighted_by` and `cap` a reply's update is multiplied by min(1, count / cap) after it was clipped.
     """
 
     layout: Layout
     ring: Ring
     model: NDArray[np.float64] = field(repr=False)
     clipping_norm: float
+    weighted_by: str | None = None
+    cap: int | None = None
 
     def start(self) -> ClippedTotal:
         """Return the empty sum."""
@@ -55,7 +58,12 @@ class ClippedSum:
         if not within and math.isfinite(norm):
             delta *= self.clipping_norm / norm
         # A NaN or an infinity is refused here, and the sum stays as it was.
-        delta *= 1 - _MARGIN
+        delta *= (1 - _MARGIN) * self._share(content)
         total.add(delta)
         if isinstance(total, ClippedTotal):
             total.votes += 1 if within else -1
+
+    def _share(self, content: RecordDict) -> float:
+        if self.weighted_by is None or self.cap is None:
+            return 1.0
+        return min(1.0, weight_of(content, self.weighted_by) / self.cap)

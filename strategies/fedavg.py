@@ -26,14 +26,17 @@ COUNT_KEY = "num-examples"
 class FedAvg(Strategy):
     """Average the clients' models, with equal weights or weighted by their counts of examples.
 
-    `weights = "counted"` needs counts in the replies, which a client under privacy withholds (its weight is 1).
+    `weights = "counted"` needs counts in the replies, which a client under record-level privacy withholds (its weight
+    is 1); a count above `weight_cap` counts as that, so that nobody can weigh more.
     The sum is exact: the order in which replies arrive does not change a bit.
     """
 
-    def __init__(self, *, weights: Literal["equal", "counted"] = "equal") -> None:
+    def __init__(self, *, weights: Literal["equal", "counted"] = "equal", weight_cap: int | None = None) -> None:
         if weights not in ("equal", "counted"):
             raise ValueError(f'weights = "{weights}": must be "equal" or "counted"')
-        self.weights = weights
+        if weight_cap is not None and (weights != "counted" or weight_cap < 1):
+            raise ValueError(f'weight_cap = {weight_cap}: must be at least 1, and goes with weights = "counted"')
+        self.weights, self.weight_cap = weights, weight_cap
         self._layout: Layout | None = None
         self._cohort = 0
 
@@ -61,6 +64,7 @@ class FedAvg(Strategy):
             layout=self.layout,
             ring=Ring(capacity=COUNTED_CAPACITY if counted else max(1, self._cohort)),
             weighted_by=COUNT_KEY if counted else None,
+            cap=self.weight_cap,
         )
 
     def aggregate_total(self, server_round: int, total: Total) -> tuple[ArrayRecord | None, MetricRecord | None]:

@@ -26,11 +26,12 @@ class Fold(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedSum:
-    """Σ weight·arrays on an exact ring; the weight is 1, or the whole number that a reply's metrics hold."""
+    """Σ weight·arrays on an exact ring; the weight is 1, or the whole number that a reply's metrics hold, capped."""
 
     layout: Layout
     ring: Ring
     weighted_by: str | None = None
+    cap: int | None = None
 
     def start(self) -> Total:
         """Return the empty sum."""
@@ -39,7 +40,9 @@ class WeightedSum:
     def add(self, total: Total, content: RecordDict) -> None:
         """Add one reply; raises RunError `reply-invalid` or `value-out-of-range`."""
         arrays = only(content, ArrayRecord)
-        total.add(*self.layout.pieces(arrays_of(arrays)), weight=weight_of(content, self.weighted_by))
+        weight = weight_of(content, self.weighted_by)
+        capped = weight if self.cap is None else min(weight, self.cap)
+        total.add(*self.layout.pieces(arrays_of(arrays)), weight=capped)
 
 
 def weight_of(content: RecordDict, weighted_by: str | None) -> int:

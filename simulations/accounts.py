@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..privacy.accounting import CALIBRATING
 from ..privacy.mechanism import RecordLevelPlan
 from .plan import Plan
@@ -13,50 +16,68 @@ from .plan import Plan
 class Accounts:
     """The rounds that each client has trained under its plan; disjoint clients compose in parallel.
 
-    `epsilon_budget` is the largest epsilon that any client may reach.
+    Two arrays for all clients: the class of events of each, which clients that cost the same share, and its count.
+    `epsilon_budget` is the largest epsilon that any client may reach. The figures count this run alone.
     """
 
     def __init__(self, plans: Mapping[str, RecordLevelPlan], *, epsilon_budget: float | None = None) -> None:
-        self._plans = plans
         self._budget = epsilon_budget
-        # Sites that cost the same have one curve: the first of them stands for all.
-        first: dict[tuple[float, int, float], RecordLevelPlan] = {}
-        self._like = {
-            name: first.setdefault((plan.accounted_rate, plan.accounted_steps(1), plan.noise_multiplier), plan)
-            for name, plan in plans.items()
-        }
-        self.rounds = dict.fromkeys(plans, 0)
+        self._place = {name: place for place, name in enumerate(plans)}
+        # The first client of a class stands for all.
+        self._classes: list[RecordLevelPlan] = []
+        numbers: dict[tuple[float, int, float, int], int] = {}
+        self._class = np.zeros(len(plans), np.int32)
+        for place, plan in enumerate(plans.values()):
+            event = (plan.accounted_rate, plan.accounted_steps(1), plan.noise_multiplier, plan.rounds)
+            if event not in numbers:
+                numbers[event] = len(self._classes)
+                self._classes.append(plan)
+            self._class[place] = numbers[event]
+        self._counts = np.zeros(len(plans), np.int32)
+
+    @property
+    def rounds(self) -> dict[str, int]:
+        """The rounds that each client has trained."""
+        return dict(zip(self._place, self._counts.tolist(), strict=True))
 
     def allows(self, cohort: Sequence[str]) -> bool:
         """Return whether one more round keeps each of these clients within the budget."""
-        if self._budget is None:
-            return all(self.rounds[name] < self._plans[name].rounds for name in cohort if name in self._plans)
-        return all(
-            _epsilon(self._like[name], self.rounds[name] + 1) <= self._budget for name in cohort if name in self._plans
-        )
+        places = self._places(cohort)
+        for number, count in self._most(places).items():
+            plan = self._classes[number]
+            if self._budget is None and count >= plan.rounds:
+                return False
+            if self._budget is not None and _epsilon(plan, count + 1) > self._budget:
+                return False
+        return True
 
     def charge(self, cohort: Sequence[str]) -> None:
         """Count one round for these clients."""
-        for name in cohort:
-            if name in self._plans:
-                self.rounds[name] += 1
+        np.add.at(self._counts, self._places(cohort), 1)
 
     def epsilon(self) -> float | None:
         """Return the largest epsilon so far, None without privacy."""
-        if not self._plans:
+        if not self._classes:
             return None
-        most: dict[RecordLevelPlan, int] = {}
-        for name, plan in self._like.items():
-            most[plan] = max(most.get(plan, 0), self.rounds[name])
-        return max(_epsilon(plan, count) for plan, count in most.items())
+        most = self._most(np.arange(len(self._counts)))
+        return max(_epsilon(self._classes[number], count) for number, count in most.items())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts."""
-        return {"rounds": dict(self.rounds)}
+        """Return the counts, in the order of the clients."""
+        return {"rounds": self._counts.copy()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the counts."""
-        self.rounds.update({name: int(count) for name, count in state["rounds"].items()})
+        self._counts = np.array(state["rounds"], np.int32)
+
+    def _places(self, cohort: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([self._place[name] for name in cohort if name in self._place], np.int64)
+
+    def _most(self, places: NDArray[np.int64]) -> dict[int, int]:
+        """Return the largest count in each class of these clients."""
+        counts = np.full(len(self._classes), -1, np.int64)
+        np.maximum.at(counts, self._class[places], self._counts[places])
+        return {number: int(count) for number, count in enumerate(counts) if count >= 0}
 
 
 class PopulationAccount:

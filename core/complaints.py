@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -57,13 +57,14 @@ def _in_the_file(model: type[BaseModel], location: Iterable[int | str]) -> tuple
     known: list[str] = []
     inside: Any = model
     for part in location:
-        # A table that may be left out.
-        inside = next((member for member in get_args(inside) if _is_table(member)), inside)
+        if get_origin(inside) is not dict:
+            # A table that may be left out.
+            inside = next((member for member in get_args(inside) if _is_table(member)), inside)
         if isinstance(inside, type) and issubclass(inside, BaseModel):
             known = list(inside.model_fields)
             field = inside.model_fields.get(str(part))
             inside = field.annotation if field else None
-        elif get_origin(inside) in (dict, Mapping) and _is_table(get_args(inside)[1]):
+        elif get_origin(inside) is dict and _is_table(get_args(inside)[1]):
             inside = get_args(inside)[1]
         else:
             break

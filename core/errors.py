@@ -197,6 +197,70 @@ CATALOGUE: dict[str, Explanation] = {
         meaning="A message came again after the server had said that it has the reply.",
         mend="Resume the run from its latest checkpoint.",
     ),
+    "authority-exists": Explanation(
+        meaning="The folder already holds a certificate authority, or a part of one.",
+        mend="Go on with it; only if its making was interrupted, delete the folder and make it again.",
+    ),
+    "identity-exists": Explanation(
+        meaning="The folder already holds the identity of a server or of a site.",
+        mend="Renew it by `bract provision renew NAME`, or choose another folder.",
+    ),
+    "identity-missing": Explanation(
+        meaning="A key, a certificate or another file of an identity or of the authority is not there.",
+        mend="Check the path; docs/identities.md shows how an identity is made.",
+    ),
+    "identity-unreadable": Explanation(
+        meaning="A file of an identity or of the authority is damaged or cannot be read, or a key is open to others.",
+        mend="Do what the message says; a key is readable by its owner alone (chmod 600).",
+    ),
+    "identity-mismatch": Explanation(
+        meaning="A key, a certificate, an authority and a list of revoked certificates do not belong together.",
+        mend="Take all from the same federation, for the side that the message names; do not go on with a stranger's.",
+    ),
+    "identity-expired": Explanation(
+        meaning="A certificate is no longer valid, or not yet.",
+        mend="Have it renewed by `bract provision renew NAME`, and install it; check the clocks.",
+    ),
+    "identity-revoked": Explanation(
+        meaning="A certificate was revoked by the federation's authority.",
+        mend="A site that is to come back makes a new key by `bract provision request`, in another folder.",
+    ),
+    "identity-rejected": Explanation(
+        meaning="The server does not take this site's certificate.",
+        mend="Compare the authority's fingerprint and the clocks of both sides (`bract provision show DIR`).",
+    ),
+    "identity-taken": Explanation(
+        meaning="A valid certificate already has this name, or this key.",
+        mend="Choose another name; if the key was lost, revoke the old certificate first.",
+    ),
+    "identity-unknown": Explanation(
+        meaning="The authority has issued no certificate with this name or serial number.",
+        mend="`bract provision list DIR` shows all.",
+    ),
+    "identity-unpinned": Explanation(
+        meaning="A site was given its first certificate without the fingerprint of the authority.",
+        mend="Ask who runs the federation for it, by telephone, and give it as --fingerprint.",
+    ),
+    "identity-request": Explanation(
+        meaning="A file is not the request of a site in the form that bract makes.",
+        mend="Have the site make it by `bract provision request NAME --out DIR`.",
+    ),
+    "provision-value": Explanation(
+        meaning="A name, a host, an address or a number of days has a form that no certificate may have.",
+        mend="Give the value that the message asks for.",
+    ),
+    "provision-unwritable": Explanation(
+        meaning="A file of an identity or of the authority could not be written.",
+        mend="Check the disk's space and the permissions of the folder; then run the same command again.",
+    ),
+    "peer-unnamed": Explanation(
+        meaning="A client showed the server no certificate of a site.",
+        mend="Give the site its own identity by `bract provision request`, `approve` and `install`.",
+    ),
+    "server-untrusted": Explanation(
+        meaning="The server's certificate is not what this site may trust, or the server speaks no TLS.",
+        mend="Do what the message says; if the address is right, ask who runs the server before you go on.",
+    ),
     "client-failed": Explanation(
         meaning="A client raised an error while it trained or evaluated; the text stays on its side.",
         mend="Read the client's own log (private/clients.log of a simulation).",
@@ -217,9 +281,65 @@ CATALOGUE: dict[str, Explanation] = {
         meaning="Too few clients of a round replied.",
         mend="Read why they failed; `server.quorum` sets the share that must reply.",
     ),
+    "frame-invalid": Explanation(
+        meaning="The other side sent something that is not in the form of bract's protocol.",
+        mend="Run the same bract version on server and clients; if they are, somebody else speaks on that port.",
+    ),
+    "message-too-large": Explanation(
+        meaning="A message is larger than the receiving side takes.",
+        mend="Send a smaller model, or raise the receiver's limit.",
+    ),
+    "message-damaged": Explanation(
+        meaning="The bytes of a message do not have the SHA-256 that came with them.",
+        mend="It is sent again; if that happens often, check the network and the memory of both machines.",
+    ),
+    "protocol-unsupported": Explanation(
+        meaning="Server and client speak different versions of bract's protocol.",
+        mend="Install versions of bract on both sides that share a protocol; both are named in the message.",
+    ),
+    "client-lost": Explanation(
+        meaning="A client went away, or never came, and was not back in time.",
+        mend="Read the client's own log; `server.connect_for` says how long an absent client is waited for.",
+    ),
+    "client-late": Explanation(
+        meaning="A client is there but did not reply before the round's deadline.",
+        mend="`server.round_deadline` sets how long a round may take.",
+    ),
+    "client-stalled": Explanation(
+        meaning="Nothing was heard from the other side, not even a heartbeat, or a message stopped in its middle.",
+        mend="Check the network between the two; `server.stall_after` says how long silence is borne.",
+    ),
+    "client-replaced": Explanation(
+        meaning="Another process joined under the same client's name, and took its place.",
+        mend="Run one process per client, each with its own identity.",
+    ),
+    "clients-missing": Explanation(
+        meaning="Fewer clients joined than the run needs.",
+        mend="Start the missing clients, or lower `clients.minimum`.",
+    ),
+    "reply-unknown": Explanation(
+        meaning="A reply answers no message that is in flight to that client: it is late, a replay, or another's.",
+        mend="Nothing to do: the server dropped it unread.",
+    ),
+    "server-unreachable": Explanation(
+        meaning="A client could not reach its server, or not stay connected.",
+        mend="Check address, port and firewall, that the server runs, and the certificates of both sides.",
+    ),
+    "insecure-refused": Explanation(
+        meaning="A connection without certificates was asked for on an address other than this machine's loopback.",
+        mend="Make identities with `bract provision`, or use 127.0.0.1.",
+    ),
+    "address-unusable": Explanation(
+        meaning="The address to listen on is malformed, is not this machine's, or is in use.",
+        mend="Give host:port of this machine; port 0 takes a free one.",
+    ),
     "strategy-failed": Explanation(
         meaning="The strategy raised an error.",
         mend="Read the trace in private/strategy.log of the run.",
+    ),
+    "audit-failed": Explanation(
+        meaning="A check of `bract audit` found that the program does not do what its guarantee says.",
+        mend="Believe no epsilon of this program: mend what the check names, your own task or strategy first.",
     ),
     "interrupted": Explanation(
         meaning="The run was stopped by the user.",

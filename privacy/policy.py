@@ -1,0 +1,171 @@
+"""The policy of a site: what its owner lets servers ask for. It denies whatever it does not name.
+
+The file is read, and refused, without anything heavy; clients/admission.py holds what a run asks for against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from ..core import toml
+from ..core.complaints import first_complaint, place, shown
+from ..core.errors import InputError, Refusal
+from .accounting import Relation
+from .book import DataSetBudget
+
+Update = Literal["dp-sgd", "noised", "raw"]
+Metrics = Literal["withheld", "noised", "raw"]
+
+SMALLEST_CLIPPING_NORM = 1e-6
+LARGEST_CLIPPING_NORM = 1e6
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteTable(_Table):
+    """[site]: `server` is the certificate name that may see raw updates and metrics; without it nobody may."""
+
+    name: _Name | None = None
+    server: str | None = None
+
+
+class DataTable(_Table):
+    """[data.NAME]: `records` is the declared number of training records, public; without `epsilon` there is no budget.
+
+    `path` starts at the folder of the policy file.
+    """
+
+    path: str
+    records: _Count
+    unit: Literal["record", "client"] = "record"
+    relation: Relation = "zero-out"
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+
+    def budget(self, name: str) -> DataSetBudget | None:
+        """Return the budget that the ledger holds all runs to, None where there is none."""
+        if self.epsilon is None or self.delta is None:
+            return None
+        return DataSetBudget(name=name, unit=self.unit, relation=self.relation, epsilon=self.epsilon, delta=self.delta)
+
+
+class AllowTable(_Table):
+    """[allow]: what may run, how large it may be, and what may be released."""
+
+    tasks: tuple[str, ...] = ()
+    strategies: tuple[str, ...] = ()
+    apps: tuple[str, ...] = ()
+    epochs: Annotated[int, Field(ge=0, strict=True)] = 0
+    message_bytes: Annotated[int, Field(ge=0, strict=True)] = 0
+    updates: tuple[Update, ...] = ()
+    metrics: Metrics = "withheld"
+
+
+class Policy(_Table):
+    """A site's policy file as one typed model."""
+
+    site: SiteTable = SiteTable()
+    data: dict[str, DataTable] = {}
+    allow: AllowTable = AllowTable()
+
+    _source: Path | None = PrivateAttr(default=None)
+    _text: str = PrivateAttr(default="")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Return the policy of a TOML file. Raises InputError."""
+        path = Path(path)
+        tables, text = toml.read(path, kind="policy")
+        return cls.of(tables, source=path, text=text)
+
+    @classmethod
+    def of(cls, tables: Mapping[str, Any], *, source: Path | None = None, text: str = "") -> Self:
+        """Return the policy of nested tables. Raises InputError."""
+        try:
+            policy = cls.model_validate(tables)
+        except ValidationError as error:
+            raise first_complaint(error, model=cls, source=source, text=text, kind="policy") from None
+        policy._source, policy._text = source, text
+        policy._refuse_conflicts()
+        return policy
+
+    def choose(self, name: str | None = None) -> str:
+        """Return the name of a data set, by default the only one. Raises Refusal."""
+        if name is None and len(self.data) == 1:
+            return next(iter(self.data))
+        if not self.data:
+            raise self.refusal("data", why="no data set is declared, so none is used", write="a table [data.NAME]")
+        if name not in self.data:
+            known = ", ".join(self.data)
+            what = "several are declared, name one" if name is None else f"{name} is not declared"
+            raise Refusal("policy-refused", f"data: {what}; declared: {known}{self.place('data')}")
+        return name
+
+    def path_of(self, name: str) -> Path:
+        """Return where a data set lies."""
+        return (self._source.parent if self._source else Path()) / self.data[name].path
+
+    def place(self, *path: str) -> str:
+        """Return where a key stands, as ` (policy.toml, line 14)`, to end a refusal with."""
+        return place(self._source, self._text, path)
+
+    def refusal(self, *path: str, why: str, write: str) -> Refusal:
+        """Return the refusal of what a key does not allow: one sentence, with what the owner would have to write.
+
+        It may hold names and numbers of the policy, and is meant for the site alone; to the server goes its code.
+        """
+        return Refusal("policy-refused", f"{'.'.join(path)}: {why}; to allow it, write {write}{self.place(*path)}")
+
+    def refuse_unlisted(self, key: Literal["tasks", "strategies", "apps", "updates"], name: str) -> None:
+        """Raise Refusal unless a list of [allow] names this."""
+        listed = getattr(self.allow, key)
+        if name not in listed:
+            now = shown_list(listed) if listed else "nothing"
+            raise self.refusal(
+                "allow", key, why=f'"{name}" is not listed ({now} is)', write=f"{key} = {shown_list((*listed, name))}"
+            )
+
+    def refuse_untrusted(self, server: str | None, what: str) -> None:
+        """Raise Refusal unless the server, by the name in its certificate, may see what nothing protects."""
+        if self.site.server is None or server != self.site.server:
+            who = f'"{server}"' if server else "a server without a name"
+            raise self.refusal(
+                "site", "server", why=f"{what} would be seen by {who}, which is not trusted", write=f"server = {who}"
+            )
+
+    def _refuse_conflicts(self) -> None:
+        paths: dict[Path, str] = {}
+        for name, table in self.data.items():
+            given = [key for key in ("epsilon", "delta") if getattr(table, key) is not None]
+            if len(given) == 1:
+                other = "delta" if given == ["epsilon"] else "epsilon"
+                raise self._conflict("data", name, given[0], why=f"goes with {other}; write both, or neither")
+            if table.delta is not None and table.delta * table.records > 1:
+                raise self._conflict(
+                    "data", name, "delta", why="must be below one in the number of records, or it promises nothing"
+                )
+            first = paths.setdefault(self.path_of(name).resolve(), name)
+            if first != name:
+                raise self._conflict(
+                    "data", name, "path", why=f"is that of {first}; one data set under two names has two budgets"
+                )
+
+    def _conflict(self, *path: str, why: str) -> InputError:
+        value: Any = self
+        for part in path:
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        return InputError("policy-value", f"{'.'.join(path)} = {shown(value)}: {why}{self.place(*path)}")
+
+
+def shown_list(names: tuple[str, ...]) -> str:
+    """Return names as a list in a TOML file."""
+    return "[" + ", ".join(shown(name) for name in names) + "]"

@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	@echo "The report: $(CURDIR)/$$(ls -t runs/*/report.html | head -n 1)"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 soak: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m soak

@@ -80,6 +80,7 @@ class TrainTable(_Table):
     frozen: tuple[str, ...] = ()
     buffers: tuple[str, ...] | None = None
     device: str = "auto"
+    dp_engine: Literal["auto", "bookkeeping", "opacus"] = "auto"
 
 
 class StrategyTable(_OpenTable):
@@ -116,6 +117,13 @@ class PrivacyTable(_Table):
     record: RecordTable | None = None
 
 
+class CompressionTable(_Table):
+    """[compression]: how a client's update is made smaller on its way to the server."""
+
+    top_k: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    bits: Annotated[int, Field(ge=2, le=16, strict=True)] | None = None
+
+
 class SimulationTable(_Table):
     """[simulation]"""
 
@@ -144,6 +152,7 @@ class Experiment(_Table):
     train: TrainTable = TrainTable()
     strategy: StrategyTable = StrategyTable()
     privacy: PrivacyTable = PrivacyTable()
+    compression: CompressionTable = CompressionTable()
     simulation: SimulationTable = SimulationTable()
     server: ServerTable = ServerTable()
 
@@ -214,6 +223,11 @@ class Experiment(_Table):
         self._refuse_privacy_conflicts()
         self._refuse_client_level_conflicts()
         clients, server = self.clients, self.server
+        for key in ("top_k", "bits") if clients.app else ():
+            if getattr(self.compression, key) is not None:
+                raise self.conflict(
+                    "compression", key, why="a Flower ClientApp sends what it likes; goes with bract's own client"
+                )
         if clients.app and not self.task.model:
             raise self.conflict("clients", "app", why='needs task.model = "package.module:callable" to start from')
         if clients.app and clients.count is None:

@@ -24,8 +24,10 @@ from .output import print_error, print_json
 COMMANDS = {
     "simulate": "Virtual clients on this machine; no FILE: four hospitals, heart disease.",
     "plan": "Epsilon, noise, bytes and steps of an experiment before anything runs.",
+    "audit": "Does the program do what it claims: quick [FILE], in less than a minute.",
     "report": "Write the report page of a run again.",
     "ledger": "The owner's ledger of a site: init, show or verify STATE.",
+    "provision": "The federation's certificate authority, and the identities of server and sites.",
     "tasks": "What can be learned here, plug-ins included.",
     "strategies": "How updates can be aggregated here, plug-ins included.",
     "doctor": "Is this machine fit: versions, GPU, ports, clock, permissions.",

@@ -19,6 +19,10 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set a key of the file.")
     ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=2, max=1_000_000, metavar="N", help="Show what N runs cost, all or only the best released."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an experiment will do and what it will cost, before it runs."""
@@ -27,7 +31,7 @@ def plan(
         from ..reports.plan import print_plan
         from ..simulations.description import describe
 
-        described = describe(experiment)
+        described = describe(experiment, trials=trials)
     if as_json:
         print_json(described)
     else:

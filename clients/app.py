@@ -17,6 +17,8 @@ from ..core.parameters import Arrays, digest, record_of
 from ..privacy.local import LocalPlan
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan, histogram, release
+from ..strategies.codec import Encoded
+from ..strategies.compression import MEMORY
 from ..strategies.local_rule import LocalRound, LocalSession, Sent
 from ..tasks.task import SiteData, Task
 from . import sequential
@@ -93,11 +95,15 @@ def client_app(
             update = _noised(site.local, gate, shared, update, key)
         sent = session.finish()
         beside = Sent(arrays={name: model.beside(arrays) for name, arrays in sent.arrays.items()}, numbers=sent.numbers)
-        reply = gate.release_update(message, update, records=len(records), sent=beside)
+        compressed = _compressed(gate, shared, update, context, key)
+        encoded = compressed.records if compressed else None
+        reply = gate.release_update(message, update, records=len(records), sent=beside, encoded=encoded)
         for name in sorted(set(state) - set(rule.keeps)):
             raise RunError("strategy-failed", f"the strategy's local rule keeps {name!r}, which it did not declare")
         for name, arrays in {**state, **({PERSONAL: personal} if personal else {})}.items():
             context.state[name] = record_of(arrays)
+        if compressed and compressed.memory is not None:
+            context.state[MEMORY] = record_of({MEMORY: compressed.memory})
         return reply
 
     @app.evaluate()
@@ -138,6 +144,14 @@ def _noised(plan: LocalPlan, gate: Gate, received: Arrays, update: Arrays, key: 
     before, after = gate.layout.flatten(received), gate.layout.flatten(update)
     noised = plan.release(after - before, key.child("local noise").stream())
     return gate.layout.unflatten(before + noised)
+
+
+def _compressed(gate: Gate, received: Arrays, update: Arrays, context: Context, key: Key) -> Encoded | None:
+    """Return what goes in place of the update, a function of it alone and of earlier ones, and the memory to keep."""
+    if gate.compression is None:
+        return None
+    memory: Any = kept_of(context.state, (MEMORY,)).get(MEMORY, {}).get(MEMORY)
+    return gate.compression.codec(gate.layout).encode(update, received, memory, key.child("compression"))
 
 
 def _refuse_under_privacy(site: Site, what: str) -> None:

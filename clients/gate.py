@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..core import flower
 from ..core.errors import CATALOGUE, BractError, RunError
 from ..core.parameters import Arrays, Layout, arrays_of, record_of
+from ..strategies.compression import Compression
 from ..strategies.fedavg import COUNT_KEY
 from ..strategies.local_rule import PLAIN, LocalRule, Sent
 
@@ -51,6 +52,7 @@ class Gate:
     layout: Layout
     withhold_counts: bool
     rule: LocalRule = PLAIN
+    compression: Compression | None = None
 
     def admit(self, message: Message) -> dict[str, NDArray[np.generic]]:
         """Return the arrays of a message; raises RunError unless they are finite and fit the model."""
@@ -69,11 +71,22 @@ class Gate:
             self._check(received[name])
         return received
 
-    def release_update(self, message: Message, arrays: Arrays, *, records: int, sent: Sent | None = None) -> Message:
+    def release_update(
+        self,
+        message: Message,
+        arrays: Arrays,
+        *,
+        records: int,
+        sent: Sent | None = None,
+        encoded: Mapping[str, Arrays] | None = None,
+    ) -> Message:
         """Return the reply to a train message: the model's shared tensors, a weight, and exactly what the rule names.
 
-        The weight is the number of records, or 1 where counts are withheld.
+        The weight is the number of records, or 1 where counts are withheld. What `compression` made of the tensors
+        goes in their place.
         """
+        if (encoded is None) != (self.compression is None):
+            raise RunError("reply-invalid", "the update is compressed, and was not asked to be, or the other way round")
         sent = sent or Sent()
         self._check(arrays)
         for kind, found, named in (
@@ -90,7 +103,7 @@ class Gate:
         weight = 1 if self.withhold_counts else records
         content = RecordDict(
             {
-                "arrays": record_of(arrays),
+                **{name: record_of(part) for name, part in (encoded or {"arrays": arrays}).items()},
                 **{name: record_of(beside) for name, beside in sent.arrays.items()},
                 "metrics": MetricRecord({COUNT_KEY: weight, **sent.numbers}),
             }

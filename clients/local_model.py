@@ -60,6 +60,8 @@ class LocalModel:
         self.layout = Layout.of(self.shared_arrays())
         # Found out at the first training: whether the module takes images channels-last.
         self.channels_last: bool | None = None
+        # Found out at the first private training: whether book-keeping gives the module's clipped sums.
+        self.bookkeeping: bool | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:

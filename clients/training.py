@@ -45,6 +45,7 @@ class LocalTraining:
     personal: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     buffers: tuple[str, ...] | None = None
+    dp_engine: Literal["auto", "bookkeeping", "opacus"] = "auto"
 
     @classmethod
     def of(cls, table: TrainTable, *, private: bool) -> LocalTraining:
@@ -59,6 +60,7 @@ class LocalTraining:
             personal=table.personal,
             frozen=table.frozen,
             buffers=() if private else table.buffers,
+            dp_engine=table.dp_engine,
         )
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:

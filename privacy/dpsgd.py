@@ -80,20 +80,30 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         Raises RunError if some gradient has another number of rows than the pass has examples.
         """
         rows = [[self._rows(p) for p in layer] for layer in self._layers]
-        found = [[sample for sample in samples if sample is not None] for samples in rows]
-        factors = [_clip_factors(samples, self._layer_norm) if samples else None for samples in found]
-        there = [each for each in factors if each is not None]
-        # An example that is bad in one layer counts as zero in all of them.
-        sound = torch.stack(there).amin(dim=0) > 0 if there else torch.zeros(0)
+        factors = self.factors([[sample for sample in samples if sample is not None] for samples in rows])
         for layer, samples, factor in zip(self._layers, rows, factors, strict=True):
             for p, sample in zip(layer, samples, strict=True):
                 if sample is not None and factor is not None:
                     # A bad example has the factor 0, but 0 · NaN is NaN.
                     finite = sample.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-                    part = ((factor * sound) @ finite).view_as(p)
+                    part = (factor @ finite).view_as(p)
                     p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
         for p in self._parameters:
             p.grad_sample = p.grad = None
+
+    def factors(self, layers: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+        """Return what each example [n] of a pass is multiplied by, for each layer that is clipped on its own.
+
+        A layer is given as tensors [n, any] that have, row by row, the norms of the examples' gradients; none if the
+        loss did not reach it.
+        """
+        factors = [_clip_factors(list(rows), self._layer_norm) if rows else None for rows in layers]
+        there = [each for each in factors if each is not None]
+        if not there:
+            return factors
+        # An example that is bad in one layer counts as zero in all of them.
+        sound = torch.stack(there).amin(dim=0) > 0
+        return [None if each is None else each * sound for each in factors]
 
     def _rows(self, p: nn.Parameter) -> Tensor | None:
         if self.examples == 0 or p.grad_sample is None:  # type: ignore[attr-defined]
@@ -110,18 +120,20 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """Set `grad` to the clipped sum plus noise: one draw from the stream over all parameters."""
         count = sum(p.numel() for p in self._parameters)
-        normals = torch.from_numpy(self._noise.normals(count)) if self._deviation else torch.zeros(count)
+        noise = torch.from_numpy(self._noise.normals(count)) if self._deviation else torch.zeros(count)
+        noise *= self._deviation
         first = 0
+        # As a rule all parameters are of one type and device: then their gradients share one tensor.
+        there = {(p.dtype, p.device): noise.to(p.dtype).to(p.device) for p in self._parameters}
         for p in self._parameters:
-            part = normals[first : first + p.numel()].view_as(p) * self._deviation
-            noise = part.to(p.dtype).to(p.device)
-            p.grad = noise if p.summed_grad is None else p.summed_grad.to(p.dtype) + noise
+            p.grad = there[p.dtype, p.device][first : first + p.numel()].view(p.shape)
+            if p.summed_grad is not None:
+                p.grad += p.summed_grad.to(p.dtype)
             first += p.numel()
 
     def scale_grad(self) -> None:
         """Divide by the expected batch, never by the number of examples drawn."""
-        for p in self._parameters:
-            p.grad.div_(self.expected_batch_size)
+        torch._foreach_div_([p.grad for p in self._parameters], float(self.expected_batch_size))
 
 
 class DPSGD:
@@ -155,7 +167,11 @@ class DPSGD:
         except NotImplementedError as error:
             raise RunError("model-not-private", f"train.model: {str(error).splitlines()[0]}") from error
         self._private = StreamOptimizer(
-            self._optimizer, plan=self._plan, noise=self._noise, correct=self._correct, layers=_layers(self._module)
+            self._optimizer,
+            plan=self._plan,
+            noise=self._noise,
+            correct=self._correct,
+            layers=[own for _, own in trained_layers(self._module)],
         )
         self._hooks = [
             module.register_forward_pre_hook(_contiguous)
@@ -207,15 +223,15 @@ class DPSGD:
         self._private.clip_and_accumulate()
 
 
-def _layers(module: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the trained parameters by the module that owns them; a parameter that two share goes with the first."""
+def trained_layers(module: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """Return the modules that own trained parameters, with these; one that two share goes with the first."""
     seen: set[nn.Parameter] = set()
     layers = []
     for part in module.modules():
         own = [p for p in part.parameters(recurse=False) if p.requires_grad and p not in seen]
         seen.update(own)
         if own:
-            layers.append(own)
+            layers.append((part, own))
     return layers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ def print_plan(described: Mapping[str, Any], console: Console | None = None) -> 
         f"{parameters['shared']:,} parameters travel: {sent['client_round']:,} bytes a client and round, "
         f"{sent['run']:,} in all"
     )
+    if sent["saved"]:
+        whole = sent["up"] + sent["saved"]
+        console.print(f"updates are compressed: {sent['up']:,} bytes up instead of {whole:,}")
     for note in described["notes"]:
         console.print(escape(note))
     many = len(sites) > LISTED
@@ -42,7 +46,8 @@ def print_plan(described: Mapping[str, Any], console: Console | None = None) -> 
         console.print(_quantiles(described["distribution"]))
     if len(described["classes"]) > COLUMNS:
         console.print(_legend(described), style="dim")
-    console.print(_sites(described, list(sites)[: FIRST if many else LISTED]))
+    if sites:
+        console.print(_sites(described, list(sites)[: FIRST if many else LISTED]))
     if many:
         console.print(f"… and {len(sites) - FIRST:,} more clients; --json lists all")
     evaluation, aggregate = described["evaluation"], described["aggregate"]
@@ -58,6 +63,12 @@ def print_plan(described: Mapping[str, Any], console: Console | None = None) -> 
             f"epsilon {words.epsilon(evaluation['epsilon'])} in all"
         )
     console.print(escape(described["guarantee"]["sentence"]))
+    trials = described["trials"]
+    while trials is not None:
+        console.print(_trials(trials))
+        if trials["best"] is not None:
+            console.print(_selection(trials["best"]), style="dim")
+        trials = trials["record"]
 
 
 def _mechanism(aggregate: Mapping[str, Any]) -> str:
@@ -75,6 +86,40 @@ def _local(local: Mapping[str, Any]) -> str:
         f"clients: each of at most {local['participations']} updates clipped to "
         f"{words.number(local['clipping_norm'])}, noise multiplier {local['noise_multiplier']:.3f}"
     )
+
+
+def _trials(trials: Mapping[str, Any]) -> Table:
+    """One run, all runs and the best run: epsilon, and what may be released for it."""
+    table = _table(f"tuning, one {trials['unit']} (delta {words.delta(trials['delta'])})")
+    table.add_column("epsilon", justify="right")
+    table.add_column("what may be released")
+    for heading, priced in (
+        ("one run", trials["one"]),
+        (f"{trials['runs']:,} runs, all released", trials["all"]),
+        (f"best of about {trials['runs']:,}", trials["best"]),
+    ):
+        if priced is None:
+            table.add_row(heading, words.DASH, "no choice hides a run whose updates a server has seen")
+        else:
+            table.add_row(heading, _bound(priced["epsilon"]), escape(priced["released"]))
+    return table
+
+
+def _selection(best: Mapping[str, Any]) -> str:
+    """How the best run must be chosen for its epsilon to hold."""
+    others = " and ".join(
+        f"{each['distribution']} {_bound(each['epsilon'])} (at most {each['median']:,})" for each in best["others"]
+    )
+    return (
+        f"To release the best alone, draw a secret number of runs beforehand: {best['distribution']} with parameter "
+        f"{best['parameter']:.4g}, mean {best['mean']:,}, half of the time at most {best['median']:,}. Other numbers "
+        f"cost more: {others}. Draw what each run tries from a list fixed in advance. Whoever sees other runs, too, "
+        "counts all of them. See docs/tuning.md."
+    )
+
+
+def _bound(epsilon: float | None) -> str:
+    return words.epsilon(math.inf if epsilon is None else epsilon)
 
 
 def _quantiles(distribution: Mapping[str, Any]) -> Table:

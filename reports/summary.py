@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -23,6 +24,8 @@ def print_summary(run_dir: Path, console: Console | None = None) -> None:
     run = read_run(run_dir)
     _line(console, "", _outcome(run), style="bold", wrap=True)
     _line(console, "released   ", _released(run))
+    if "bytes_up" in run.result:
+        _line(console, "traffic    ", _traffic(run))
     if run.guarantee is not None:
         _line(console, "guarantee  ", words.printable(run.guarantee.sentence), wrap=True)
     if (run_dir / "report.html").is_file():
@@ -63,6 +66,12 @@ def _released(run: RunView) -> str:
         for name, value in run.metrics.items()
     ]
     return ", ".join(shown) or "no metrics"
+
+
+def _traffic(run: RunView) -> str:
+    up, down, saved = (int(run.result.get(f"bytes_{name}", 0)) for name in ("up", "down", "saved"))
+    compressed = f" (compressed, {decimal(saved)} less)" if saved > 0 else ""
+    return f"{decimal(up)} up{compressed}, {decimal(down)} down"
 
 
 def _line(console: Console, label: str, text: str, *, style: str = "", wrap: bool = False) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import random
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flwr.app import Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from ..core import flower
 from ..core.errors import BractError
+from ..core.live_array import LiveArray
+from ..strategies.compression import Compression, Decoding
 from ..strategies.fold import Fold, Total
 
 if TYPE_CHECKING:
     from flwr.supercore.typing import Run  # type: ignore[attr-defined]
+
+
+# What is left of a folded reply holds its size under this name, until the exchange has read it.
+_FOLDED = "folded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,12 @@ class Exchange(Iterator[Message]):
 
     With a fold, each reply is added to `total` and yielded without its arrays, so that nothing holds all updates;
     a reply that the fold refuses is yielded as an error. `until` ends the exchange after that many good replies.
+    With a `compression`, which a fold brings along as `Decoding`, whole replies are decoded before they are yielded.
+    `bytes_up` counts the arrays of good replies as they came.
     """
+
+    compression: Compression | None = None
+    bytes_up = 0
 
     def __init__(self, arrivals: Iterable[Arrival], *, fold: Fold | None = None, until: int | None = None) -> None:
         self.total: Total | None = fold.start() if fold else None
@@ -51,22 +64,71 @@ class Exchange(Iterator[Message]):
         reply = arrival.reply
         if arrival.total is not None and self.total is not None:
             self.total.merge(arrival.total)
-        if self._fold is not None and self.total is not None and not arrival.folded:
+        size = size_of(reply.content) if reply.has_content() else 0
+        if arrival.folded:
+            size = _take_size(reply)
+        elif self._fold is not None and self.total is not None:
             reply = fold_in(self._fold, self.total, arrival.instruction, reply)
-        self._good += reply.has_content()
+            _take_size(reply)
+        elif self.compression is not None:
+            reply = decoded(self.compression, arrival.instruction, reply)
+        if reply.has_content():
+            self._good += 1
+            self.bytes_up += size
         return reply
 
 
 def fold_in(fold: Fold, total: Total, instruction: Message, reply: Message) -> Message:
-    """Add a reply to a total and return what is left of it; an error reply if the fold refuses it."""
+    """Add a reply to a total and return what is left of it, and its size; an error reply if the fold refuses it."""
     if reply.has_error():
         return reply
+    size = size_of(reply.content)
+    if isinstance(fold, Decoding):
+        reply = decoded(fold.compression, instruction, reply)
+        if reply.has_error():
+            return reply
     try:
         fold.add(total, reply.content)
     except BractError as error:
         return flower.error_reply(instruction, error.code, error.sentence)
     reply.content = flower.without_arrays(reply.content)
+    reply.content[_FOLDED] = ConfigRecord({"bytes": size})
     return reply
+
+
+def decoded(compression: Compression, instruction: Message, reply: Message) -> Message:
+    """Return a reply to a train message with the model in place of its encoding; an error reply if that is malformed.
+
+    Other replies, to a query for example, are not compressed.
+    """
+    if reply.has_error() or instruction.metadata.message_type.partition(".")[0] != "train":
+        return reply
+    try:
+        reply.content = compression.decode(instruction, reply.content)
+    except BractError as error:
+        return flower.error_reply(instruction, error.code, error.sentence)
+    return reply
+
+
+def size_of(content: RecordDict) -> int:
+    """Return the bytes of a message's tensors, without what they are wrapped in."""
+    records = (record for record in content.values() if isinstance(record, ArrayRecord))
+    return sum(_array_size(array) for record in records for array in record.values())
+
+
+def _array_size(array: Array) -> int:
+    if isinstance(array, LiveArray):
+        return int(array.live.nbytes)
+    try:
+        return min(len(array.data), math.prod(array.shape) * np.dtype(array.dtype).itemsize)
+    except (TypeError, ValueError, SyntaxError):  # a client may call a type what it likes
+        return len(array.data)
+
+
+def _take_size(reply: Message) -> int:
+    """Return the size of a folded reply, and take it out."""
+    record = reply.content.pop(_FOLDED, None) if reply.has_content() else None
+    return int(str(record["bytes"])) if isinstance(record, ConfigRecord) else 0
 
 
 class RoundGrid(Grid):
@@ -145,11 +207,22 @@ def _emptying(late: deque[Arrival]) -> Iterator[Arrival]:
 
 
 class CohortGrid(RoundGrid):
-    """A view of a grid that shows one round's cohort, so that any strategy trains exactly these clients."""
+    """A view of a grid that shows one round's cohort, so that any strategy trains exactly these clients.
 
-    def __init__(self, grid: RoundGrid, cohort: Sequence[int]) -> None:
+    It decodes what they compress. `bytes_down` and `bytes_up` count the arrays that went through it.
+    """
+
+    def __init__(self, grid: RoundGrid, cohort: Sequence[int], *, compression: Compression | None = None) -> None:
         self._grid = grid
         self._cohort = list(cohort)
+        self._compression = compression
+        self._exchanges: list[Exchange] = []
+        self.bytes_down = 0
+
+    @property
+    def bytes_up(self) -> int:
+        """The bytes of the good replies so far."""
+        return sum(exchange.bytes_up for exchange in self._exchanges)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the cohort's node ids."""
@@ -160,6 +233,17 @@ class CohortGrid(RoundGrid):
         """The number of all clients, drawn or not, which some strategies divide by."""
         return len(list(self._grid.get_node_ids()))
 
-    def exchange(self, messages: Iterable[Message], **options: Any) -> Exchange:
+    def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
         """Exchange over the grid behind the view."""
-        return self._grid.exchange(messages, **options)
+        compression = self._compression
+        if compression is not None and fold is not None:
+            fold = Decoding(compression=compression, fold=fold)
+        exchange = self._grid.exchange(self._counted(messages), fold=fold, until=until)
+        exchange.compression = compression
+        self._exchanges.append(exchange)
+        return exchange
+
+    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        for message in messages:
+            self.bytes_down += size_of(message.content)
+            yield message

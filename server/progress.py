@@ -19,6 +19,9 @@ COUNTED = (
     "best_histograms",
     "histograms",
     "evaluated_round",
+    "strategy_metrics",
+    "bytes_up",
+    "bytes_down",
 )
 
 
@@ -65,3 +68,6 @@ class Progress:
     best_histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     evaluated_round: int = 0
+    strategy_metrics: dict[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0

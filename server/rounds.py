@@ -17,6 +17,7 @@ from ..core.errors import RunError
 from ..core.parameters import Arrays, Layout, arrays_of, digest, record_of
 from ..privacy.release import EvaluationPlan
 from ..strategies.asynchronous import Asynchronous
+from ..strategies.compression import Compression
 from ..strategies.state import load_strategy_state, strategy_state
 from .checkpoint import Checkpoint
 from .cohort import CohortSampler
@@ -47,6 +48,7 @@ class RoundLoop:
     evaluation: EvaluationPlan | None
     emit: Listener
     aggregation: PrivateAggregation | None = None
+    compression: Compression | None = None
     strategy_evaluates: bool = False
     strategy_seed: int = 0
     client_states: Callable[[], dict[str, Any]] = dict
@@ -83,6 +85,11 @@ class RoundLoop:
             progress.round = number
             progress.trained += record["clients"]
             progress.skipped += record.pop("skipped")
+            progress.bytes_up += record["bytes_up"]
+            progress.bytes_down += record["bytes_down"]
+            evaluated = record.pop("evaluated", None)
+            if evaluated is not None:
+                progress.strategy_metrics = evaluated
             if self.rules.evaluate_every and number % self.rules.evaluate_every == 0:
                 record |= self.evaluate(progress)
             known = {"virtual_time": self.virtual_time(), "epsilon": self.budget.epsilon()}
@@ -177,18 +184,11 @@ class RoundLoop:
         self, number: int, cohort: Sequence[int], arrays: dict[str, NDArray[np.generic]], layout: Layout
     ) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
         """Train one cohort and return the new model and the round's record; below the quorum the model stays."""
-        size = sum(array.nbytes for array in arrays.values())
-        record: dict[str, Any] = {
-            "clients": 0,
-            "failed": 0,
-            "bytes_down": size * len(cohort),
-            "bytes_up": 0,
-            "skipped": False,
-        }
+        record: dict[str, Any] = {"clients": 0, "failed": 0, "bytes_down": 0, "bytes_up": 0, "skipped": False}
         awaited = self._awaited(cohort)
         if not awaited and self.aggregation is None:
             return arrays, record
-        view = CohortGrid(self.grid, cohort)
+        view = CohortGrid(self.grid, cohort, compression=self.compression)
         # The global `random` is what Flower's strategies draw from; seeded by round, a resumed run draws the same.
         with flower.seeded_random(self.strategy_seed + number):
             messages = self._configure(number, arrays, view)
@@ -200,7 +200,8 @@ class RoundLoop:
             exchange = view.exchange(messages, fold=fold, until=awaited if asynchronous else None)
             replies = self._receive(number, exchange)
             good = [reply for reply in replies if reply.has_content()]
-            record |= {"clients": len(good), "failed": len(replies) - len(good), "bytes_up": size * len(good)}
+            record |= {"clients": len(good), "failed": len(replies) - len(good)}
+            record |= {"bytes_down": view.bytes_down, "bytes_up": view.bytes_up}
             if not self._quorate(replies, awaited):
                 record["skipped"] = True
                 if isinstance(self.strategy, Asynchronous):
@@ -223,9 +224,11 @@ class RoundLoop:
                 self.emit(Notice(text=f"round {number}: {remark}"))
             if aggregate is not None:
                 arrays = self._checked(aggregate, layout)
-            record |= dict(metrics or {})
+            record |= {**(metrics or {}), "skipped": False, "evaluated": None}
             if self.strategy_evaluates:
-                record |= self._strategy_metrics(number, arrays, view)
+                found = self._strategy_metrics(number, arrays, view)
+                single = {name: value for name, value in found.items() if isinstance(value, int | float)}
+                record |= {**found, "evaluated": single}
         return arrays, record
 
     def _configure(self, number: int, arrays: Arrays, view: CohortGrid) -> Iterable[Message]:

@@ -18,7 +18,7 @@ from ..clients.local_model import LocalModel
 from ..core.errors import RunError
 from ..core.keys import Key
 from ..core.parameters import Arrays
-from ..experiment import Experiment, PrivacyTable
+from ..experiment import CompressionTable, Experiment, PrivacyTable
 from ..server.cohort import CohortSampler
 from ..server.events import Listener, Phase, PhaseAdvanced
 from ..server.progress import Progress, Rules
@@ -97,7 +97,7 @@ def compare(
             "all": scores(local, task, arrays, everything),
         }
 
-    plain = experiment.model_copy(update={"privacy": PrivacyTable()})
+    plain = experiment.model_copy(update={"privacy": PrivacyTable(), "compression": CompressionTable()})
     others: list[tuple[str, str, Mapping[str, SiteData], Key]] = []
     if experiment.privacy.unit != "none":
         others.append(("federated, without privacy", "reference", data, key.child("open")))

@@ -10,49 +10,97 @@ import numpy as np
 import torch
 
 from ..clients.local_model import build_module
+from ..clients.parts import strategy_of
 from ..experiment import Experiment
 from ..privacy.mechanism import RecordLevelPlan
+from ..strategies.compression import Compression
 from ..tasks.registry import find_task
 from ..tasks.task import SiteData
-from .federation import local_model, local_rule
-from .plan import Plan, load_clients, make_plan
+from .federation import Traffic, flower_federation, local_model, local_rule, remarks_on, traffic_of
+from .plan import Plan, load_clients, make_plan, refuse_what_is_not_offered
+from .trials import price, refuse_nothing_to_count
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
-def describe(experiment: Experiment) -> dict[str, Any]:
-    """Return what `bract plan` prints: data, model, bytes, mechanisms and guarantee; nothing is trained."""
+def describe(experiment: Experiment, *, trials: int | None = None) -> dict[str, Any]:
+    """Return what `bract plan` prints: data, model, bytes, mechanisms and guarantee; nothing is trained.
+
+    With `trials` also what it costs to run the experiment that often. Raises InputError.
+    """
+    if trials is not None:
+        refuse_nothing_to_count(experiment)
+    strategy = strategy_of(experiment)
+    refuse_what_is_not_offered(experiment, strategy)
+    if experiment.clients.app:
+        return _describe_app(experiment, strategy, trials)
     task = find_task(experiment)
     data = load_clients(experiment, task)
     private = experiment.privacy.unit != "none"
     module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
-    rule = local_rule(experiment)
+    rule = local_rule(experiment, strategy)
     model, _ = local_model(experiment, module, rule)
     counts = {name: len(site.train) for name, site in data.items()}
     planned = make_plan(experiment, counts, len(task.classes), lambda event: None, coordinates=model.layout.size)
-    rounds = experiment.experiment.rounds
-    size = sum(tensor.element_size() * tensor.numel() for tensor in model.shared.values())
-    # Down and up: the model, and each record that the strategy sends beside it.
-    travels = size * (2 + len(rule.receives) + len(rule.sends))
-    cohort = experiment.clients.per_round if experiment.clients.sampling != "all" else len(data)
+    cohort = _cohort(experiment, len(data))
     sites = {name: _describe_site(site, len(task.classes), planned.mechanisms.get(name)) for name, site in data.items()}
+    guarantee = planned.guarantee(experiment)
     return {
         "experiment": experiment.experiment.name,
         "task": experiment.task.name,
-        "rounds": rounds,
+        "rounds": experiment.experiment.rounds,
         "clients": len(data),
         "cohort": cohort,
         "classes": list(task.classes),
         "parameters": {"shared": model.layout.size, "personal": sum(t.numel() for t in model.personal.values())},
-        "notes": notes,
-        "bytes": {"client_round": travels, "run": travels * rounds * (cohort or 0)},
+        "notes": [*notes, *remarks_on(experiment, strategy)],
+        "bytes": _bytes(experiment, traffic_of(model.layout, rule, Compression.of(experiment.compression)), cohort),
         "distribution": _distribution(list(sites.values())),
         "sites": sites,
         "evaluation": _describe_evaluation(planned),
         "aggregate": _describe_aggregate(planned),
         "local": _describe_local(planned),
-        "guarantee": planned.guarantee(experiment).to_dict(),
+        "guarantee": guarantee.to_dict(),
+        "trials": None if trials is None else price(experiment, planned, guarantee, trials),
     }
+
+
+def _describe_app(experiment: Experiment, strategy: object, trials: int | None) -> dict[str, Any]:
+    """Return the same of a Flower ClientApp, which brings its own data: nothing is known of its clients' records."""
+    federation = flower_federation(experiment, strategy)
+    names, size = federation.names, federation.size
+    planned = make_plan(experiment, dict.fromkeys(names, 0), 2, lambda event: None, coordinates=size)
+    guarantee, cohort = planned.guarantee(experiment), _cohort(experiment, len(names))
+    return {
+        "experiment": experiment.experiment.name,
+        "task": experiment.clients.app,
+        "rounds": experiment.experiment.rounds,
+        "clients": len(names),
+        "cohort": cohort,
+        "classes": [],
+        "parameters": {"shared": size, "personal": 0},
+        "notes": ["a Flower ClientApp: it brings its own data, metrics, and what it keeps"],
+        "bytes": _bytes(experiment, federation.traffic, cohort),
+        "distribution": {},
+        "sites": {},
+        "evaluation": _describe_evaluation(planned),
+        "aggregate": _describe_aggregate(planned),
+        "local": _describe_local(planned),
+        "guarantee": guarantee.to_dict(),
+        "trials": None if trials is None else price(experiment, planned, guarantee, trials),
+    }
+
+
+def _cohort(experiment: Experiment, clients: int) -> int:
+    sampled = experiment.clients.per_round if experiment.clients.sampling != "all" else None
+    return sampled or clients
+
+
+def _bytes(experiment: Experiment, traffic: Traffic, cohort: int) -> dict[str, int]:
+    """Return the bytes of a client's round and of the run; `saved` of what a client sends in a round."""
+    both = traffic.down + traffic.up
+    run = both * experiment.experiment.rounds * cohort
+    return {"client_round": both, "run": run, "down": traffic.down, "up": traffic.up, "saved": traffic.saved}
 
 
 def _describe_evaluation(planned: Plan) -> dict[str, Any] | None:

@@ -20,11 +20,14 @@ from ..clients.local_model import LocalModel, build_module
 from ..clients.training import LocalTraining, choose_device
 from ..core.errors import InputError
 from ..core.keys import Key
+from ..core.parameters import Layout
 from ..core.plugins import resolve
 from ..experiment import Experiment
 from ..privacy.independence import refuse_mixing
 from ..privacy.release import EvaluationPlan
 from ..server.trained_model import make_module
+from ..strategies.codec import layout_bytes
+from ..strategies.compression import Compression
 from ..strategies.local_rule import PLAIN, LocalRule
 from ..strategies.registry import load_strategy
 from ..tasks.partition import client_names
@@ -32,6 +35,15 @@ from ..tasks.task import SiteData, Task
 from .plan import Plan
 
 Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """The bytes of the tensors that one client gets and sends in one round, and how many compression saves."""
+
+    down: int
+    up: int
+    saved: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,8 @@ class Federation:
     evaluation: EvaluationPlan | None = None
     withholds_metrics: bool = False
     local: LocalModel | None = None
+    traffic: Traffic = Traffic(down=0, up=0)
+    compression: Compression | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,7 +103,12 @@ def virtual_federation(
         for name, site in data.items()
     }
     # A trusted server may weigh its clients by their counts; nobody else learns them.
-    gate = Gate(layout=model.layout, withhold_counts=private and plan.aggregate is None, rule=rule)
+    gate = Gate(
+        layout=model.layout,
+        withhold_counts=private and plan.aggregate is None,
+        rule=rule,
+        compression=Compression.of(experiment.compression),
+    )
 
     def loaded(arrays: Arrays) -> nn.Module:
         model.load(arrays)
@@ -104,7 +123,9 @@ def virtual_federation(
         evaluation=plan.evaluation,
         withholds_metrics=plan.evaluation is None,
         local=model,
-        notes=tuple(notes),
+        traffic=traffic_of(model.layout, rule, gate.compression),
+        compression=gate.compression,
+        notes=(*notes, *remarks_on(experiment, strategy)),
     )
 
 
@@ -136,6 +157,25 @@ def local_model(
     training = LocalTraining.of(experiment.train, private=private)
     training = replace(training, personal=(*training.personal, *rule.personal(module)))
     return LocalModel(module, training, device=device, keep_buffers=not private), training
+
+
+def traffic_of(layout: Layout, rule: LocalRule, compression: Compression | None) -> Traffic:
+    """Return a round's bytes: the model, and each record that the strategy's rule has beside it, which stays whole."""
+    model = layout_bytes(layout)
+    update = compression.codec(layout).nbytes if compression else model
+    return Traffic(down=model * (1 + len(rule.receives)), up=update + model * len(rule.sends), saved=model - update)
+
+
+def remarks_on(experiment: Experiment, strategy: object) -> tuple[str, ...]:
+    """Return what a user may not expect of a strategy under the experiment's privacy."""
+    privacy = experiment.privacy
+    withheld = privacy.unit == "record" or (privacy.unit == "client" and privacy.trust == "nobody")
+    if withheld and getattr(strategy, "weights", "equal") == "counted":
+        return (
+            'strategy.weights = "counted": the clients weigh alike, because under privacy their numbers of records '
+            "are withheld",
+        )
+    return ()
 
 
 def travelling_size(experiment: Experiment, task: Task | None, strategy: object | None = None) -> int:
@@ -172,4 +212,5 @@ def flower_federation(experiment: Experiment, strategy: object | None = None) ->
         initial=initial,
         module=loaded,
         withholds_metrics=experiment.privacy.unit != "none",
+        traffic=traffic_of(Layout.of(initial), PLAIN, None),
     )

@@ -66,16 +66,27 @@ def conclude(
         "status": status,
         "run_dir": str(directory.path),
         "rounds": progress.round,
-        "metrics": evaluation.metrics if evaluation else {},
+        "metrics": evaluation.metrics if evaluation else dict(progress.strategy_metrics),
         "guarantee": guarantee.to_dict(),
         "model_sha256": directory.save_model(_state(module)),
         "seconds": round(time.monotonic() - started, 3),
+        **_traffic(assembly, progress),
         "clients_per_second": round(_trained(assembly, progress) / training_seconds, 3),
         "released": evaluation.to_dict() if evaluation else None,
         "error": {"code": error.code, "sentence": error.sentence} if error else None,
     }
     directory.write_json("result.json", record)
     return Result(run_dir=directory.path, record=record, guarantee=guarantee, module=module)
+
+
+def _traffic(assembly: Assembly, progress: Progress) -> dict[str, int]:
+    """Return the bytes of all rounds' training; the expected ones where they would tell the size of a secret cohort."""
+    trained, traffic = _trained(assembly, progress), assembly.federation.traffic
+    down, up = progress.bytes_down, progress.bytes_up
+    if assembly.plan.aggregate is not None:
+        down, up = round(trained * traffic.down), round(trained * traffic.up)
+    saved = {"bytes_saved": round(trained * traffic.saved)} if assembly.federation.compression else {}
+    return {"bytes_up": up, "bytes_down": down, **saved}
 
 
 def _trained(assembly: Assembly, progress: Progress) -> int:

@@ -18,6 +18,7 @@ from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan
 from ..server.events import Listener, Phase, PhaseAdvanced
 from ..strategies.asynchronous import Asynchronous
+from ..strategies.compression import refuse_unproven, refuse_unsuited
 from ..strategies.local_rule import PLAIN
 from ..tasks.partition import partition
 from ..tasks.task import SiteData, Task
@@ -212,6 +213,8 @@ def refuse_what_is_not_offered(experiment: Experiment, strategy: object) -> None
     A strategy may say `allowed_units`, and that it `needs_counts` or `needs_metrics` in the clear.
     """
     unit, name = experiment.privacy.unit, type(strategy).__name__
+    refuse_unproven(experiment)
+    refuse_unsuited(experiment, strategy)
     if isinstance(strategy, Asynchronous) and experiment.clients.sampling != "all":
         raise experiment.conflict("clients", "sampling", why=f"{name} draws whom it sends a model; drop the key")
     for need, what in (("needs_counts", "counts of records"), ("needs_metrics", "metrics")):

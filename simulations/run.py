@@ -188,6 +188,7 @@ class Simulation:
             evaluation=federation.evaluation,
             emit=self._emit,
             aggregation=aggregation_of(assembly),
+            compression=federation.compression,
             strategy_evaluates=federation.evaluation is None and not federation.withholds_metrics,
             strategy_seed=run.seed,
             client_states=assembly.grid.state_dict,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..experiment import TrainTable
 
 # What a reply and a client's state hold for bract itself.
-_TAKEN = ("arrays", "config", "metrics", "num-examples", "personal")
+_TAKEN = ("arrays", "compressed", "config", "error-memory", "folded", "metrics", "num-examples", "personal")
 # Running statistics of normalization layers travel and are averaged, but no gradient moves them.
 _STATISTICS = ("running_mean", "running_var")
 

@@ -119,6 +119,9 @@ def _groups(
             warnings.simplefilter("ignore")
             groups = [sorted(built.load_partition(number)["index"]) for number in range(built.num_partitions)]
     except (ValueError, TypeError, AssertionError, IndexError) as error:
+        least = getattr(built, "_min_partition_size", None)
+        if least is not None and "attempts" in str(error):
+            raise _too_small(least, partitioner, count) from error
         raise _refused(partitioner, count, str(error)) from error
     dealt = sum(map(len, groups))
     if dealt < len(labels) and _plain(partitioner) not in MAY_LEAVE:
@@ -205,6 +208,14 @@ def _checked(clients: dict[str, SiteData], key: str) -> dict[str, SiteData]:
 def _unknown_option(option: str, partitioner: str, own: Sequence[str]) -> InputError:
     known = nearest(option, own) if own else f'"{partitioner}" has none'
     return InputError("experiment-key", f"clients.partitioner_options.{option}: unknown option; {known}")
+
+
+def _too_small(least: int, partitioner: str, count: int | None) -> InputError:
+    return InputError(
+        "experiment-value",
+        f'clients.partitioner_options.min_partition_size = {least}: "{partitioner}" gave one of {count} clients fewer '
+        "records in each of 10 attempts; lower it, raise alpha, or use fewer clients",
+    )
 
 
 def _refused(partitioner: str, count: int | None, reason: str) -> InputError:

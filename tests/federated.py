@@ -129,6 +129,7 @@ def train(task, strategy, **keys) -> Trained:
             rules=Rules(rounds=experiment.experiment.rounds, quorum=0.0),
             evaluation=None,
             emit=lambda event: None,
+            compression=federation.compression,
         )
         progress = Progress(round=0, arrays=dict(federation.initial))
         loop.run(progress)

@@ -107,7 +107,13 @@ def test_it_is_quiet(sites: dict[str, SiteData], capfd: pytest.CaptureFixture[st
         ("iid", 3, {"seed": 1}, "experiment-key", ["clients.partitioner_options.seed", "none"]),
         ("natural", 3, {"alpha": 1}, "experiment-key", ["clients.partitioner_options.alpha", "none"]),
         ("dirichlet", 3, {"alpha": "x"}, "experiment-value", ['"dirichlet" with 3 clients']),
-        ("dirichlet", 3, {"alpha": 1.0, "min_partition_size": 200}, "experiment-value", ["attempts"]),
+        (
+            "dirichlet",
+            3,
+            {"alpha": 1.0, "min_partition_size": 200},
+            "experiment-value",
+            ["options.min_partition_size = 200"],
+        ),
         ("size", None, {}, "experiment-value", ["clients.partitioner_options.partition_sizes: missing"]),
         ("shard", 3, {"num_shards_per_partition": 0}, "experiment-value", ["num_shards_per_partition = 0"]),
         (

@@ -241,7 +241,7 @@ def test_personal_state_survives_an_interrupt_within_a_round(tiny, tmp_path, key
     second = bract.simulate(resume=tmp_path / "run")
     assert second.model_sha256 == whole.model_sha256
     assert (second.metrics, second.guarantee) == (whole.metrics, whole.guarantee)
-    kept = [checkpoint.load(tmp_path / run / "checkpoint").clients for run in ("whole", "run")]
+    kept = [checkpoint.load(tmp_path / run / "checkpoint").clients["states"] for run in ("whole", "run")]
     assert len(kept[0]) == 4
     np.testing.assert_equal(*kept)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from functools import cache
 
@@ -276,17 +275,14 @@ def test_the_first_plan_gets_the_least_share_that_admits_it() -> None:
     assert tuple(sorted(SHARES)) == SHARES and SHARES[-1] < 1
 
 
-def test_ten_thousand_entries_of_ten_events_compose_within_a_second() -> None:
+def test_ten_thousand_entries_of_ten_events_are_composed_whole() -> None:
+    """How long that takes is measured by benchmarks/ledger.py."""
     events = [sampled(0.01 * (place + 1), 20.0 + place, 1) for place in range(DISTINCT)]
     many = dict.fromkeys(events, 10_000 // DISTINCT)
-    composed({sampled(0.5, 9.0, 1): 1}, DELTA)  # imports what is needed
     for first, method in ((many, "PLD"), ({events[0]: 1}, "RDP filter")):
-        start = time.perf_counter()
         figure = spent(many, first, epsilon=8.0, delta=DELTA)
-        took = time.perf_counter() - start
         assert figure.method == method
         assert 0 < figure.epsilon < 20
-        assert took < 1, took
 
 
 def test_more_distinct_events_fall_back_to_renyi_accounting_and_say_so() -> None:

@@ -1,0 +1,1 @@
+"""What server and clients share to speak over gRPC: messages, frames, identities."""

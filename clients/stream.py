@@ -24,9 +24,7 @@ Shown = Credentials | Callable[[], grpc.ChannelCredentials] | None
 class Stream:
     """One stream, from hello to its end."""
 
-    def __init__(
-        self, desk: Desk, address: str, credentials: Shown, limits: Limits, stopped: asyncio.Event
-    ) -> None:
+    def __init__(self, desk: Desk, address: str, credentials: Shown, limits: Limits, stopped: asyncio.Event) -> None:
         self._desk, self._address, self._credentials = desk, address, credentials
         self._limits, self._stopped = limits, stopped
         desk.ready = self._wake_up

@@ -33,10 +33,10 @@ def admit_all(name: str, hello: Hello) -> None:
 class Listener:
     """Accepts clients' streams from `start` to `stop`.
 
-    `address` is host:port; port 0 takes a free one, and `port` says which. `gatekeeper` names the client of a TLS
-    session or refuses it; it is asked again every 10 s for open streams, so that a revocation takes effect. `admit` may
-    refuse a hello, for another task say. Without credentials only the loopback is listened on, and clients are who they
-    say. Credentials are PEM, or made by gRPC's own functions, as for certificates that change meanwhile. `notice` is called in the listener's thread.
+    `address` is host:port; port 0 takes a free one, and `port` says which. Credentials are PEM, or what gRPC's own
+    functions make; without any only the loopback is listened on, and clients are who they say. `gatekeeper` names the
+    client of a TLS session or refuses it; it is asked again every 10 s for open streams, so that a revocation takes
+    effect. `admit` may refuse a hello, for another task say. `notice` is called in the listener's thread.
     """
 
     def __init__(

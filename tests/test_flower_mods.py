@@ -161,7 +161,7 @@ def test_messages_that_are_not_training_count_among_the_bytes_only_with_tensors(
 
 def test_its_metrics_are_the_results(experiment, tmp_path, capsys):
     result = bract.simulate(experiment(), out=tmp_path / "run")
-    weight = float(result.model.weight.mean())
+    weight = float(result.model.weight.detach().mean())
     assert result.metrics["mean_weight"] == pytest.approx(weight, rel=1e-6)
     assert result.metrics["partition"] == 1.0
     written = json.loads((tmp_path / "run" / "result.json").read_text())

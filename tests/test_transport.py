@@ -247,7 +247,7 @@ def test_other_serialisations_are_not_sent():
 
 def test_hello_carries_what_a_site_says():
     said = {"protocol": 1, "bract": "0.1", "task": "t", "data": "id", "ledger": {"sequence": 3, "mac": "ab"}}
-    capabilities = {"records": 5, "unit": "record", "updates": ["a", "b"], "epochs": 1.5}
+    capabilities = {"records": 5, "unit": "record", "updates": ["a", "b"], "none": [], "epochs": 1.5}
     sent = Hello.of({**said, **capabilities, "metrics": None}, name="ann").write(instance=b"1", holds=["x"])
     hello = Hello.read(type(sent).FromString(sent.SerializeToString()))
     assert hello == Hello(**said, capabilities=capabilities, name="ann")

@@ -124,11 +124,11 @@ def _written(value: Any, keep: Keep) -> dict[str, Any]:
     if not isinstance(value, list):
         raise TypeError("no value that Flower knows")
     kinds = {type(item) for item in value}
-    if kinds <= {str} and kinds:
+    # An empty list says not of what, and Flower takes any.
+    if kinds <= {str}:
         return {"texts": Texts(items=value)}
-    if kinds <= {bytes} and kinds:
+    if kinds == {bytes}:
         return {"blobs": Blobs(items=value)}
-    # An empty list says not of what; Flower takes any.
     name = {frozenset({bool}): "truths", frozenset({int}): "integers"}.get(frozenset(kinds), "reals")
     if not kinds <= {bool, int, float} or (name == "reals" and kinds - {float}):
         raise TypeError("a list of several types")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,15 +94,21 @@ class FederationGrid(RoundGrid):
             )
         mailbox.expected += len(errands)
         self._listener.call(lambda: self._listener.roster.send(errands))
-        arrivals = self._arrivals(mailbox, last=until is None)
-        return Exchange(arrivals, fold=guarded(fold), until=until)
+        exchange = Exchange(self._arrivals(mailbox), fold=guarded(fold), until=until)
+        if until is None:
+            # Also one of which no reply was ever asked for.
+            weakref.finalize(exchange, self._abandon, mailbox)
+        return exchange
+
+    def _abandon(self, mailbox: Mailbox) -> None:
+        self._listener.post(lambda: self._listener.roster.abandon(mailbox))
 
     def _message_id(self, message: Message, body: Body) -> str:
         metadata = message.metadata
         parts = (self._run_name, metadata.message_type, metadata.group_id, str(metadata.dst_node_id), body.sha256.hex())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
-    def _arrivals(self, mailbox: Mailbox, *, last: bool) -> Iterator[Arrival]:
+    def _arrivals(self, mailbox: Mailbox) -> Iterator[Arrival]:
         """Yield the next arrivals: all of a mailbox of this exchange alone, or those of all messages in flight."""
         try:
             while mailbox.expected:
@@ -110,8 +117,6 @@ class FederationGrid(RoundGrid):
                 self._give_back()
         finally:
             self._give_back()
-            if last:
-                self._listener.post(lambda: self._listener.roster.abandon(mailbox))
 
     def _next(self, mailbox: Mailbox) -> Delivery:
         while True:
@@ -124,6 +129,7 @@ class FederationGrid(RoundGrid):
     def _opened(self, mailbox: Mailbox, delivery: Delivery) -> Arrival:
         """Return the arrival of a delivery, whose permit is held until the next is asked for."""
         mailbox.expected -= 1
+        self._give_back()
         self._held = None if delivery.size is None else (mailbox, delivery.size)
         arrival = delivery.arrival
         if arrival.reply.has_content():

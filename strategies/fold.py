@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ def weight_of(content: RecordDict, weighted_by: str | None) -> int:
     if weighted_by is None:
         return 1
     weight = only(content, MetricRecord).get(weighted_by)
-    if not isinstance(weight, int | float) or weight != weight or weight < 0 or weight != int(weight):
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0 or weight != int(weight):
         raise RunError("reply-invalid", f"the weight {weighted_by!r} must be a whole number of at least 0")
     return int(weight)
 

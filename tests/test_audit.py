@@ -190,6 +190,7 @@ def test_halved_noise_fails(small, monkeypatch):
     assert 0.4 < times < 0.6 and "guessed, more than" in found["canary"]
 
 
+@pytest.mark.soak
 def test_noise_that_is_a_tenth_short_fails(small, monkeypatch):
     normals = Stream.normals
     monkeypatch.setattr(Stream, "normals", lambda stream, count: normals(stream, count) * 0.9)
@@ -197,6 +198,7 @@ def test_noise_that_is_a_tenth_short_fails(small, monkeypatch):
     assert "noise" in failing(mlp, "noise")
 
 
+@pytest.mark.soak
 def test_noise_that_is_not_gaussian_fails(small, monkeypatch):
     def laplace(stream, count):
         uniforms = stream.uniforms(count) - 0.5
@@ -207,6 +209,7 @@ def test_noise_that_is_not_gaussian_fails(small, monkeypatch):
     assert "noise" in failing(mlp, "noise")
 
 
+@pytest.mark.soak
 def test_noise_that_skips_a_tensor_fails(small, monkeypatch):
     add = StreamOptimizer.add_noise
 
@@ -231,6 +234,7 @@ def test_noise_reused_between_rounds_fails(small, monkeypatch):
     assert "draw the same records" in found["sampling"]
 
 
+@pytest.mark.soak
 def test_noise_reused_for_another_model_fails(small, monkeypatch):
     def trusts_the_version(site, message, purpose, received, kept):
         config = message.content["config"]
@@ -241,6 +245,7 @@ def test_noise_reused_for_another_model_fails(small, monkeypatch):
     assert set(found) == {"fresh-noise"} and "two models in one round" in found["fresh-noise"]
 
 
+@pytest.mark.soak
 def test_one_noise_stream_for_all_clients_and_rounds_fails(small, monkeypatch):
     child = Key.child
 
@@ -253,6 +258,7 @@ def test_one_noise_stream_for_all_clients_and_rounds_fails(small, monkeypatch):
     assert {"fresh-noise"} <= set(found) <= {"fresh-noise", "noise"}
 
 
+@pytest.mark.soak
 def test_noise_shared_by_clients_alone_fails(small, monkeypatch):
     def forgets_the_site(site, message, purpose, received, kept):
         config = message.content["config"]
@@ -276,6 +282,7 @@ class Repeating:
         return self._drawn
 
 
+@pytest.mark.soak
 def test_noise_that_repeats_by_step_fails(small, monkeypatch):
     add = StreamOptimizer.add_noise
 
@@ -288,6 +295,7 @@ def test_noise_that_repeats_by_step_fails(small, monkeypatch):
     assert "two steps" in failing(small, "fresh-noise")["fresh-noise"]
 
 
+@pytest.mark.soak
 def test_noise_that_repeats_by_tensor_fails(tiny, monkeypatch):
     def by_tensor(self):
         most = self._noise.normals(max(p.numel() for p in self._parameters))
@@ -307,6 +315,7 @@ def test_clipping_that_is_off_fails(small, monkeypatch):
     assert "one record of client-" in found["sensitivity"]
 
 
+@pytest.mark.soak
 def test_clipping_each_tensor_on_its_own_fails(small, monkeypatch):
     factors = dpsgd._clip_factors
     monkeypatch.setattr(
@@ -324,6 +333,7 @@ def test_a_nan_that_is_not_caught_fails(small, monkeypatch):
     assert set(failing(small, "sensitivity", "independence", "bad-records")) == {"bad-records"}
 
 
+@pytest.mark.soak
 def test_an_empty_batch_without_noise_fails(small, monkeypatch):
     add = StreamOptimizer.add_noise
 
@@ -338,6 +348,7 @@ def test_an_empty_batch_without_noise_fails(small, monkeypatch):
     assert "0 times the planned variance" in found["bad-records"]
 
 
+@pytest.mark.soak
 def test_a_step_that_is_left_out_because_nobody_was_drawn_fails(small, monkeypatch):
     real = sequential.poisson_batches
     monkeypatch.setattr(
@@ -357,6 +368,7 @@ def test_a_sampler_that_draws_more_than_is_accounted_fails(small, monkeypatch):
     assert "is accounted for" in found["sampling"]
 
 
+@pytest.mark.soak
 def test_a_sampler_with_a_rate_of_its_own_fails(small, monkeypatch):
     def rounded(plan, stream):
         # As 1 / number of batches, which is what Opacus' loader makes of 24 records by 10.
@@ -367,6 +379,7 @@ def test_a_sampler_with_a_rate_of_its_own_fails(small, monkeypatch):
     assert set(failing(small)) == {"sampling"}
 
 
+@pytest.mark.soak
 def test_batches_that_are_shuffled_instead_of_drawn_fail(tmp_path, monkeypatch):
     def shuffled(plan, stream):
         order = torch.from_numpy(stream.permutation(plan.records))
@@ -377,6 +390,7 @@ def test_batches_that_are_shuffled_instead_of_drawn_fail(tmp_path, monkeypatch):
     assert "sampling" in found
 
 
+@pytest.mark.soak
 def test_batches_of_a_fixed_size_fail(small, monkeypatch):
     def fixed(plan, stream):
         for _ in range(plan.steps_per_round):
@@ -401,6 +415,7 @@ def test_rounds_that_are_not_charged_fail(small, monkeypatch):
     assert set(failing(small)) == {"ledger"}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("factor", [0.5, 0.9])
 def test_an_accountant_that_shows_too_little_fails(small, monkeypatch, factor):
     real = accounting.epsilon
@@ -408,6 +423,7 @@ def test_an_accountant_that_shows_too_little_fails(small, monkeypatch, factor):
     assert set(failing(small)) == {"accountants"}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("batch", [10, 100])
 def test_an_accountant_that_shows_too_much_fails(tiny, monkeypatch, batch):
     experiment = tiny(**PRIVATE | {"train.batch_size": batch, "privacy.noise_multiplier": 2.0})
@@ -459,6 +475,7 @@ def test_a_forgotten_buffer_fails(small, monkeypatch):
     assert set(found) == {"release"} and "watch.seen" in found["release"]
 
 
+@pytest.mark.soak
 def test_a_parameter_that_takes_something_from_the_records_fails(small, monkeypatch):
     update = local_model.LocalModel.shared_arrays
 
@@ -474,6 +491,7 @@ def test_a_parameter_that_takes_something_from_the_records_fails(small, monkeypa
     assert "linear.bias" in found["release"] and "past the noised sum" in found["release"]
 
 
+@pytest.mark.soak
 def test_buffers_that_the_description_lets_out_fail(small, monkeypatch):
     real = LocalTraining.of.__func__
 
@@ -503,6 +521,7 @@ def test_standardising_by_site_fails(tmp_path):
     assert "other records change" in found["data"]
 
 
+@pytest.mark.soak
 def test_a_split_that_follows_the_row_numbers_fails(tmp_path, monkeypatch):
     def by_row(self, inputs, targets, ids):
         examples = Examples(torch.tensor(inputs, dtype=torch.float32), torch.tensor(targets, dtype=torch.int64))
@@ -512,6 +531,7 @@ def test_a_split_that_follows_the_row_numbers_fails(tmp_path, monkeypatch):
     assert "data" in failing(table(tmp_path), "data")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["parquet", "npz"])
 def test_other_forms_of_files_lose_a_row_too(tmp_path, form):
     if form == "npz":
@@ -552,6 +572,7 @@ class Mixed(Synthetic):
         return Mixing(5, self.outputs)
 
 
+@pytest.mark.soak
 def test_a_model_that_mixes_records_fails_though_nobody_refused_it(small, monkeypatch):
     monkeypatch.setattr(federation, "refuse_mixing", lambda module, like: None)
     found = failing(small, task=Mixed(clients=2, records=30, features=5, seed=3))

@@ -117,11 +117,14 @@ def test_until_takes_the_first_and_keeps_the_rest(run):
 def test_late_replies_of_an_exchange_that_was_given_up_are_dropped(run):
     here = run()
     here.clients(["site-0"], ["site-1"])
-    exchange = here.exchange(nodes=["site-0"], seconds=0.5)
-    exchange = iter(exchange)
-    del exchange
+    for number in range(3):
+        # The client is not given the next before it has said that it is done with this one.
+        given_up = here.exchange(nodes=["site-0"], seconds=0.5, number=number)
+        here.until(lambda: here.state("site-0") != "idle")
+        del given_up
     replies = list(here.exchange(nodes=["site-0", "site-1"], another=1))
     assert len(replies) == 2 and not any(reply.has_error() for reply in replies)
+    assert {each[0] for each in here.told} == {"joined"}
 
 
 def test_a_client_killed_in_its_upload_gets_the_message_again(run, tmp_path):
@@ -270,15 +273,16 @@ def test_heads_come_back_and_replies_are_forgotten(run):
             seen.append(head)
 
     party = Remembering("site-0")
-    for _ in range(2):
+    for number in range(2):
         link = Link(party, here.address, None, name="site-0", backoff=QUICK)
         thread = threading.Thread(target=link.run)
         thread.start()
         here.until(lambda: here.state("site-0") == "idle")
-        if not seen:
+        if number == 0:
             assert here.codes(here.exchange()) == [""]
             here.grid.forget_replies(3)
             here.until(lambda: party.forgot == [("run", 3)])
+        here.until(lambda: len(party.forgot) == number + 1 and len(seen) == number)  # noqa: B023
         link.stop()
         thread.join(10)
         here.until(lambda: here.state("site-0") == "away")
@@ -458,6 +462,32 @@ def test_replays_and_replies_for_others_are_dropped_unread(run, hostile):
     assert arrays_of(reply.content["arrays"])["w"].shape == (1000,), "the site's own"
 
 
+def test_who_offers_twice_stands_in_line_once(run, hostile):
+    here = run(limits=Limits(uploads=1))
+    body = reply_body()
+    streams = [hostile(here.address) for _ in range(2)]
+    for number, stream in enumerate(streams):
+        stream.hello(f"evil-{number}")
+    exchange = here.exchange()
+    ids = [stream.take().message for stream in streams]
+    streams[0].say(offer(body, ids[0]))
+    assert streams[0].frame().WhichOneof("kind") == "permit"
+    for _ in range(2):
+        streams[1].say(offer(body, ids[1]))
+    assert streams[1].code() == "reply-unknown"
+    assert here.state("evil-1") == "waiting"
+    for number, stream in enumerate(streams):
+        for frame in body.pieces():
+            stream.say(frame)
+        assert next(exchange).has_content()
+        if number == 0:
+            # The permit is free once the next reply is asked for.
+            here.grid._give_back()
+            assert streams[1].frame().WhichOneof("kind") == "permit"
+    stream.say(control(heartbeat=pb.Heartbeat(count=5)))
+    assert [streams[1].frame().WhichOneof("kind") for _ in range(2)] == ["receipt", "heartbeat"]
+
+
 def test_pieces_without_a_permit_end_the_stream(run, hostile):
     here = run()
     stream = hostile(here.address)
@@ -535,6 +565,7 @@ def test_a_client_refuses_what_is_too_large(run):
     here.clients(["site-0"], limits=Limits(message_bytes=1000))
     here.clients(["site-1"])
     assert here.codes(here.exchange()) == ["", "message-too-large"]
+    here.until(lambda: here.state("site-0") == "idle")
 
 
 def test_a_fold_that_stumbles_over_a_reply_is_that_clients_failure(run, hostile):

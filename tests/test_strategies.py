@@ -80,7 +80,7 @@ def test_any_order_and_any_grouping_give_the_same_bytes():
         assert arrays_of(one)[name].tobytes() == arrays_of(two)[name].tobytes()
 
 
-@pytest.mark.parametrize("count", [-1, 2.5, float("nan"), 1e18])
+@pytest.mark.parametrize("count", [-1, 2.5, float("nan"), float("inf"), 1e18])
 def test_a_weight_that_lies_is_left_out(count):
     """A client that claims a count of 1e18 would otherwise be the model."""
     strategy = FedAvg(weights="counted")

@@ -29,6 +29,11 @@ def sampling(subject: Subject) -> Finding:
     for site, plan in subject.mechanisms.items():
         draws = [_drawn(visit, plan.records) for visit in subject.silent()[site]]
         together = np.concatenate(draws)
+        q = min(1.0, plan.batch_size / plan.records)
+        # First, as batches that return also lie further from the rate than chance allows.
+        same = _repeated(draws, q, tests) if 0 < q < 1 else None
+        if same is not None:
+            return _failed("sampling", f"{site}: rounds {same[0]} and {same[1]} draw the same records", {"site": site})
         rate, count = plan.accounted_rate, int(together.sum())
         seen[site] = count / together.size
         if rate < 1:
@@ -43,13 +48,7 @@ def sampling(subject: Subject) -> Finding:
                 f"{site} draws a record with probability {seen[site]:.4g}, and {rate:.4g} is accounted for",
                 {"site": site, "drawn": seen[site], "accounted": rate},
             )
-        q = min(1.0, plan.batch_size / plan.records)
         if 0 < q < 1:
-            same = _repeated(draws, q, tests)
-            if same is not None:
-                return _failed(
-                    "sampling", f"{site}: rounds {same[0]} and {same[1]} draw the same records", {"site": site}
-                )
             for axis, what in ((1, "batches are of nearly one size"), (0, "records take turns")):
                 if _spread_is_too_small(together.sum(axis=axis), together.shape[axis], q, tests):
                     return _failed("sampling", f"{site}: {what}, so they are no Poisson sample", {"site": site})

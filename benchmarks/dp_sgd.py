@@ -29,7 +29,7 @@ from bract.clients import sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.keys import Key
-from bract.privacy.layers import make_private
+from bract.privacy.dpsgd.layers import make_private
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.tasks.fashion_mnist import FashionMnist
 from bract.tasks.task import Examples, initial_model

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bract.privacy.composition import DISTINCT, composed
-from bract.privacy.events import Planned, RunPlan, SampledGaussian
-from bract.privacy.ledger import DataSetBudget, Ledger, Request
-from bract.privacy.spending import spent
+from bract.privacy.ledger.composition import DISTINCT, composed
+from bract.privacy.ledger.events import Planned, RunPlan, SampledGaussian
+from bract.privacy.ledger.ledger import DataSetBudget, Ledger, Request
+from bract.privacy.ledger.spending import spent
 
 DELTA = 1e-5
 

@@ -69,7 +69,7 @@ class Echo:
 
 
 def client(name: str, port: int, pipe: Connection) -> None:
-    from bract.clients.link import Link
+    from bract.clients.connection.link import Link
 
     Link(Echo(pipe), f"127.0.0.1:{port}", None, name=name, connect_for=30).run()
 
@@ -80,8 +80,8 @@ def server(pipe: Connection, clients: int, megabytes: int, rounds: int) -> None:
 
     from bract.core.parameters import Layout, record_of
     from bract.core.ring import Ring
-    from bract.server.federation_grid import FederationGrid
-    from bract.server.listener import Listener
+    from bract.server.connections.federation_grid import FederationGrid
+    from bract.server.connections.listener import Listener
     from bract.strategies.fold import WeightedSum
 
     with Listener("127.0.0.1:0", None) as listener:

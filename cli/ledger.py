@@ -35,7 +35,7 @@ def ledger(
 
 
 def _init(state: Path, *, as_json: bool) -> None:
-    from ..privacy.ledger import Ledger
+    from ..privacy.ledger.ledger import Ledger
 
     with Ledger.create(state) as made:
         head = made.head()
@@ -46,7 +46,7 @@ def _init(state: Path, *, as_json: bool) -> None:
 
 
 def _show(state: Path, *, as_json: bool) -> None:
-    from ..privacy.ledger import Ledger
+    from ..privacy.ledger.ledger import Ledger
 
     with Ledger.open(state) as opened:
         spendings = [opened.spending(name) for name in opened.data_sets()]
@@ -78,7 +78,7 @@ def _show(state: Path, *, as_json: bool) -> None:
 
 
 def _verify(state: Path, *, as_json: bool) -> None:
-    from ..privacy.ledger import Ledger
+    from ..privacy.ledger.ledger import Ledger
 
     with Ledger.open(state) as opened:
         found = opened.verify()

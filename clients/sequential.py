@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.keys import Key, Stream
-from ..privacy.bookkeeping import BookKeeping, supports, unknown_layer
-from ..privacy.dpsgd import DPSGD, poisson_batches
+from ..privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
+from ..privacy.dpsgd.dpsgd import DPSGD, poisson_batches
 from ..privacy.mechanism import RecordLevelPlan
 from ..strategies.local_rule import LocalSession
 from ..tasks.task import Examples

@@ -28,7 +28,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ..core.keys import Key
-from .dpsgd import DPSGD, Loss
+from .dpsgd.dpsgd import DPSGD, Loss
 from .mechanism import RecordLevelPlan
 
 SIGNIFICANCE = 1e-6

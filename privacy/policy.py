@@ -1,6 +1,6 @@
 """The policy of a site: what its owner lets servers ask for. It denies whatever it does not name.
 
-The file is read, and refused, without anything heavy; clients/admission.py holds what a run asks for against it.
+The file is read, and refused, without anything heavy; clients/site/admission.py holds what a run asks for against it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..core import toml
 from ..core.complaints import first_complaint, place, shown
 from ..core.errors import InputError, Refusal
 from .accounting import Relation
-from .book import DataSetBudget
+from .ledger.book import DataSetBudget
 
 Update = Literal["dp-sgd", "noised", "raw"]
 Metrics = Literal["withheld", "noised", "raw"]

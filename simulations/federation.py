@@ -23,7 +23,7 @@ from ..core.keys import Key
 from ..core.parameters import Layout
 from ..core.plugins import resolve
 from ..experiment import Experiment
-from ..privacy.independence import refuse_mixing
+from ..privacy.dpsgd.independence import refuse_mixing
 from ..privacy.release import EvaluationPlan
 from ..server.trained_model import make_module
 from ..strategies.codec import layout_bytes

@@ -14,10 +14,10 @@ from typing import Any
 from ..experiment import Experiment
 from ..privacy import accounting, selection
 from ..privacy.client_level import ClientLevelPlan
-from ..privacy.composition import composed
 from ..privacy.discrete_gaussian import TOTAL_VARIATION
-from ..privacy.events import DiscreteLaplace
 from ..privacy.guarantee import Guarantee
+from ..privacy.ledger.composition import composed
+from ..privacy.ledger.events import DiscreteLaplace
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan
 from ..privacy.selection import RenyiCurve

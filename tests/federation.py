@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from bract.clients.link import Backoff, Link
+from bract.clients.connection.link import Backoff, Link
 from bract.core import flower
 from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
-from bract.privacy.chain import Head
-from bract.server.errands import Deadlines
-from bract.server.federation_grid import FederationGrid
-from bract.server.listener import Listener
+from bract.privacy.ledger.chain import Head
+from bract.server.connections.errands import Deadlines
+from bract.server.connections.federation_grid import FederationGrid
+from bract.server.connections.listener import Listener
 from bract.strategies.fold import WeightedSum
 from bract.transport.channel import Credentials
 from bract.transport.wire import Limits

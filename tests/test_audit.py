@@ -24,8 +24,9 @@ from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError
 from bract.core.keys import Key, Stream
 from bract.experiment import Experiment
-from bract.privacy import accounting, dpsgd
-from bract.privacy.dpsgd import StreamOptimizer
+from bract.privacy import accounting
+from bract.privacy.dpsgd import dpsgd
+from bract.privacy.dpsgd.dpsgd import StreamOptimizer
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.simulations import federation
 from bract.simulations.accounts import Accounts

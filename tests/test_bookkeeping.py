@@ -18,10 +18,10 @@ from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError, RunError
 from bract.core.keys import Key
-from bract.privacy import per_example
-from bract.privacy.bookkeeping import BookKeeping, supports
-from bract.privacy.dpsgd import DPSGD
-from bract.privacy.layers import make_private
+from bract.privacy.dpsgd import per_example
+from bract.privacy.dpsgd.bookkeeping import BookKeeping, supports
+from bract.privacy.dpsgd.dpsgd import DPSGD
+from bract.privacy.dpsgd.layers import make_private
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.tasks.task import Examples
 

@@ -10,9 +10,9 @@ import torch
 from scipy import stats
 
 from bract.core.keys import Key
-from bract.privacy import dpsgd
 from bract.privacy.canary import BLOCK, CANARIES, SIGNIFICANCE, canary_test
-from bract.privacy.dpsgd import StreamOptimizer
+from bract.privacy.dpsgd import dpsgd
+from bract.privacy.dpsgd.dpsgd import StreamOptimizer
 from bract.privacy.mechanism import RecordLevelPlan
 
 KEY = Key.from_seed(23)

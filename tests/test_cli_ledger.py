@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from bract.cli.main import main
-from bract.privacy.book import DataSetBudget, Request
-from bract.privacy.events import Claimed, DiscreteLaplace, Event, Planned, RunPlan
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.book import DataSetBudget, Request
+from bract.privacy.ledger.events import Claimed, DiscreteLaplace, Event, Planned, RunPlan
+from bract.privacy.ledger.ledger import Ledger
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from bract.core.errors import RunError
 from bract.core.keys import Key
-from bract.privacy.bookkeeping import BookKeeping, unknown_layer
-from bract.privacy.dpsgd import DPSGD, poisson_batches
-from bract.privacy.layers import make_private
+from bract.privacy.dpsgd.bookkeeping import BookKeeping, unknown_layer
+from bract.privacy.dpsgd.dpsgd import DPSGD, poisson_batches
+from bract.privacy.dpsgd.layers import make_private
 from bract.privacy.mechanism import RecordLevelPlan
 
 KEY = Key.from_seed(11)

@@ -17,7 +17,7 @@ from opacus.validators import ModuleValidator
 import bract
 from bract.core.errors import InputError
 from bract.experiment import Experiment
-from bract.privacy.dpsgd import DPSGD
+from bract.privacy.dpsgd.dpsgd import DPSGD
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.tasks import fashion_mnist
 from bract.tasks.fashion_mnist import DEBIAN, INSTALL, TEST, TRAIN, FashionMnist

@@ -1,4 +1,4 @@
-"""server/federation_grid.py over real sockets: whatever clients do, an exchange ends, and its total is exact."""
+"""The grid over the transport, on real sockets: whatever clients do, an exchange ends, and its total is exact."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import pytest
 from flwr.app import MetricRecord, RecordDict
 from grpc_health.v1 import health_pb2
 
-from bract.clients.link import Link
+from bract.clients.connection.link import Link
 from bract.core import flower
 from bract.core.errors import BractError, InputError, RunError
 from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
-from bract.privacy.chain import Head
-from bract.server.errands import Deadlines
-from bract.server.listener import Listener
+from bract.privacy.ledger.chain import Head
+from bract.server.connections.errands import Deadlines
+from bract.server.connections.listener import Listener
 from bract.strategies.fold import WeightedSum
 from bract.transport import federation_pb2 as pb
 from bract.transport.body import Body

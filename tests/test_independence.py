@@ -1,4 +1,4 @@
-"""privacy/independence.py: a model that mixes the records of a batch is refused before it trains."""
+"""privacy/dpsgd/independence.py: a model that mixes the records of a batch is refused before it trains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bract.core.errors import InputError
-from bract.privacy.independence import refuse_mixing
+from bract.privacy.dpsgd.independence import refuse_mixing
 
 
 class Centred(nn.Module):

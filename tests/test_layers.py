@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bract.core.errors import InputError
-from bract.privacy.layers import make_private
+from bract.privacy.dpsgd.layers import make_private
 
 
 def frozen(layer: nn.Module) -> nn.Module:

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from bract.core.errors import BractError, InputError, Refusal
-from bract.privacy.book import DataSetBudget, Request
-from bract.privacy.chain import Head
-from bract.privacy.events import Claimed, DiscreteLaplace, Event, Gaussian, Planned, RunPlan, SampledGaussian
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.book import DataSetBudget, Request
+from bract.privacy.ledger.chain import Head
+from bract.privacy.ledger.events import Claimed, DiscreteLaplace, Event, Gaussian, Planned, RunPlan, SampledGaussian
+from bract.privacy.ledger.ledger import Ledger
 
 BUDGET = DataSetBudget(name="heart", unit="record", relation="zero-out", epsilon=1.0, delta=1e-5)
 PURE = DiscreteLaplace(epsilon=0.125, relation="zero-out")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bract.privacy.composition import composed
-from bract.privacy.events import DiscreteLaplace
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.composition import composed
+from bract.privacy.ledger.events import DiscreteLaplace
+from bract.privacy.ledger.ledger import Ledger
 
 KILLS = 200
 

@@ -16,7 +16,7 @@ from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining
 from bract.core.errors import InputError
 from bract.core.keys import Key
-from bract.privacy.layers import make_private
+from bract.privacy.dpsgd.layers import make_private
 from bract.server import checkpoint
 from bract.server.events import ClientReplied
 from bract.simulations.description import describe

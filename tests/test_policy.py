@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import bract
-from bract.clients.admission import admit
-from bract.clients.request import MessageRequest, RunRequest
+from bract.clients.site.admission import admit
+from bract.clients.site.request import MessageRequest, RunRequest
 from bract.core.errors import InputError, Refusal, RunError
-from bract.privacy.events import Claimed, DiscreteLaplace, Gaussian, SampledGaussian
+from bract.privacy.ledger.events import Claimed, DiscreteLaplace, Gaussian, SampledGaussian
 from bract.privacy.policy import DataTable, Policy
 
 PAGE = Path(bract.__file__).parent / "docs" / "policy.md"

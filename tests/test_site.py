@@ -17,9 +17,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from bract.clients.building import build
-from bract.clients.request import MessageRequest, RunRequest
-from bract.clients.site import Progress, Site
+from bract.clients.site.building import build
+from bract.clients.site.request import MessageRequest, RunRequest
+from bract.clients.site.site import Progress, Site
 from bract.core import flower
 from bract.core.errors import CATALOGUE, InputError, Refusal
 from bract.core.keys import Key
@@ -27,8 +27,8 @@ from bract.core.parameters import arrays_of, record_of
 from bract.core.trees import pack, unpack
 from bract.experiment import Experiment
 from bract.privacy import accounting
-from bract.privacy.chain import Head
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.chain import Head
+from bract.privacy.ledger.ledger import Ledger
 from bract.privacy.policy import Policy
 
 SERVER = "coordinator.example.org"
@@ -451,7 +451,7 @@ def test_more_records_than_declared_are_refused_on_the_owners_screen(owner: Owne
 
 def trained(owner: Owner, key: Key, *, run: RunRequest, noise: float = 0.0) -> np.ndarray:
     """Return the change of (w, b) after one round of the owner's Lines with a fixed key, and noise that may be none."""
-    from bract.clients.admission import Mechanisms
+    from bract.clients.site.admission import Mechanisms
     from bract.privacy.mechanism import RecordLevelPlan
 
     experiment = Experiment.of(owner.experiment, folder=owner.folder)

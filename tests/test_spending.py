@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bract.privacy import accounting
-from bract.privacy.composition import DISTINCT, ORDERS, composed, renyi_costs
-from bract.privacy.events import (
+from bract.privacy.ledger.composition import DISTINCT, ORDERS, composed, renyi_costs
+from bract.privacy.ledger.events import (
     Claimed,
     DiscreteLaplace,
     Event,
@@ -26,8 +26,8 @@ from bract.privacy.events import (
     event_to_dict,
     round_of,
 )
+from bract.privacy.ledger.spending import SHARES, fits, spent
 from bract.privacy.mechanism import RecordLevelPlan
-from bract.privacy.spending import SHARES, fits, spent
 
 DELTA = 1e-5
 

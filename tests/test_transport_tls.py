@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 import grpc
 import pytest
 
-from bract.clients.link import Link
+from bract.clients.connection.link import Link
 from bract.core import flower
 from bract.core.errors import BractError, Refusal, RunError
-from bract.server.federation_grid import FederationGrid
-from bract.server.listener import Listener
+from bract.server.connections.federation_grid import FederationGrid
+from bract.server.connections.listener import Listener
 from bract.transport import provisioning
 from bract.transport.authority import Authority
 from bract.transport.certificates import Hosts

@@ -14,7 +14,7 @@ from ...core.errors import BractError
 from ...core.keys import Key
 from ...experiment import Experiment
 from ...privacy.canary import canary_test
-from ...privacy.dpsgd import Loss
+from ...privacy.dpsgd.dpsgd import Loss
 from ...privacy.mechanism import RecordLevelPlan
 from ...tasks.task import Examples, Task
 from .accountants import accountants

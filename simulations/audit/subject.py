@@ -19,7 +19,7 @@ from ...core.errors import RunError
 from ...core.keys import Key
 from ...core.parameters import Arrays, digest, record_of
 from ...experiment import Experiment
-from ...privacy.dpsgd import Loss
+from ...privacy.dpsgd.dpsgd import Loss
 from ...privacy.mechanism import RecordLevelPlan
 from ...server.cohort import CohortSampler
 from ...server.grid import Arrival

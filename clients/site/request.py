@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from ..core.errors import RunError
-from ..privacy.policy import Metrics, Update
+from ...core.errors import RunError
+from ...privacy.policy import Metrics, Update
 
 CONFIG = "config"
 ROUND_KEY = "server-round"

@@ -17,9 +17,9 @@ from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from ..core.errors import RunError
-from ..core.keys import Stream
-from .mechanism import RecordLevelPlan
+from ...core.errors import RunError
+from ...core.keys import Stream
+from ..mechanism import RecordLevelPlan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message
 
-from ..core import flower
-from ..transport.federation_pb2 import Forget
-from ..transport.greeting import Hello
-from ..transport.wire import control
+from ...core import flower
+from ...transport.federation_pb2 import Forget
+from ...transport.greeting import Hello
+from ...transport.wire import control
+from ..grid import Arrival
 from .errands import ClientStatus, Deadlines, Delivery, Errand, Mailbox
-from .grid import Arrival
 
 if TYPE_CHECKING:
     from .session import Session

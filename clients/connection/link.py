@@ -7,10 +7,10 @@ import random
 import time
 from dataclasses import dataclass
 
-from ..core.errors import CATALOGUE, BractError, Refusal, RunError
-from ..transport.channel import refuse_insecure, split_address
-from ..transport.federation_pb2 import Farewell
-from ..transport.wire import Limits, shown
+from ...core.errors import CATALOGUE, BractError, Refusal, RunError
+from ...transport.channel import refuse_insecure, split_address
+from ...transport.federation_pb2 import Farewell
+from ...transport.wire import Limits, shown
 from .desk import Desk, Notice, Party
 from .stream import Shown, Stream
 

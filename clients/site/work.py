@@ -13,22 +13,22 @@ from typing import Any, Protocol
 from flwr.app import Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 
-from ..core.errors import RunError
-from ..core.keys import Key
-from ..core.parameters import Arrays, Layout, arrays_of, record_of
-from ..privacy.local import LocalPlan
-from ..strategies.compression import MEMORY, Compression
-from ..strategies.local_rule import LocalRule, Sent
-from ..tasks.task import SiteData, Task
+from ...core.errors import RunError
+from ...core.keys import Key
+from ...core.parameters import Arrays, Layout, arrays_of, record_of
+from ...privacy.local import LocalPlan
+from ...strategies.compression import MEMORY, Compression
+from ...strategies.local_rule import LocalRule, Sent
+from ...tasks.task import SiteData, Task
+from ..app import Site as Owner
+from ..app import client_app
+from ..gate import Gate, kept_of
+from ..local_model import LocalModel
+from ..noised import noised_update
+from ..training import LocalTraining
 from .admission import Mechanisms
-from .app import Site as Owner
-from .app import client_app
-from .gate import Gate, kept_of
 from .incoming import ARRAYS
-from .local_model import LocalModel
-from .noised import noised_update
 from .request import MessageRequest
-from .training import LocalTraining
 
 # That code fails on some records may follow from them, so towards the server it counts as no change.
 _HIDDEN = "training failed and counts as no change: {}: {}"

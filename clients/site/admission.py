@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..core.errors import InputError, Refusal, RunError
-from ..privacy.accounting import Relation
-from ..privacy.events import Claimed, DiscreteLaplace, Event, Gaussian, Planned, RunPlan, digest_of, round_of
-from ..privacy.local import LocalPlan
-from ..privacy.mechanism import RecordLevelPlan
-from ..privacy.policy import LARGEST_CLIPPING_NORM, SMALLEST_CLIPPING_NORM, Policy
-from ..privacy.release import EvaluationPlan
+from ...core.errors import InputError, Refusal, RunError
+from ...privacy.accounting import Relation
+from ...privacy.ledger.events import Claimed, DiscreteLaplace, Event, Gaussian, Planned, RunPlan, digest_of, round_of
+from ...privacy.local import LocalPlan
+from ...privacy.mechanism import RecordLevelPlan
+from ...privacy.policy import LARGEST_CLIPPING_NORM, SMALLEST_CLIPPING_NORM, Policy
+from ...privacy.release import EvaluationPlan
 from .request import MessageRequest, Phase, RunRequest
 
 _MOST_STEPS = 10**6

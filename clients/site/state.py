@@ -18,10 +18,10 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from ..core import flower
-from ..core.errors import Refusal
-from ..core.trees import pack, unpack
-from ..privacy.replies import sync
+from ...core import flower
+from ...core.errors import Refusal
+from ...core.trees import pack, unpack
+from ...privacy.ledger.replies import sync
 
 LOG_FILE = "site.log"
 IDS_FILE = "data-sets.json"

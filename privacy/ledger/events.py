@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .accounting import Relation
+from ..accounting import Relation
 
 if TYPE_CHECKING:
-    from .mechanism import RecordLevelPlan
+    from ..mechanism import RecordLevelPlan
 
 Part = Literal["train", "test"]
 

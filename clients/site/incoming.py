@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from ..core.errors import RunError
-from ..core.live_array import LiveArray
-from ..core.parameters import Layout, arrays_of, digest
-from ..privacy.events import canonical
+from ...core.errors import RunError
+from ...core.live_array import LiveArray
+from ...core.parameters import Layout, arrays_of, digest
+from ...privacy.ledger.events import canonical
 from .request import CONFIG
 
 ARRAYS = "arrays"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InputError
+from ...core.errors import InputError
 
 
 def refuse_mixing(module: nn.Module, like: Tensor) -> None:

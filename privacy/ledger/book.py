@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .accounting import Relation
+from ..accounting import Relation
+from ..guarantee import rounded_up
 from .chain import START, Entry
 from .composition import Figure
 from .events import Claimed, Event, Part, RunPlan, event_from_dict, event_to_dict
-from .guarantee import rounded_up
 from .spending import fits, spent
 
 if TYPE_CHECKING:
-    from ..core.keys import Key
+    from ...core.keys import Key
 
 Counts = dict[Part, Counter[Event]]
 
@@ -83,7 +83,7 @@ class Reservation:
     @property
     def key(self) -> Key:
         """The key from which noise and batches expand; ValueError once the reply is committed."""
-        from ..core.keys import Key
+        from ...core.keys import Key
 
         if self.secret is None:
             raise ValueError("the reply to this message is committed: there is nothing left to draw")

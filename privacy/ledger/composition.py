@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from . import accounting
+from .. import accounting
 from .events import Claimed, DiscreteLaplace, Event, Gaussian, SampledGaussian
 
 Counts = Mapping[Event, int]

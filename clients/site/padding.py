@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InputError, Refusal
-from ..tasks.task import Examples, SiteData, Task
+from ...core.errors import InputError, Refusal
+from ...tasks.task import Examples, SiteData, Task
 
 if TYPE_CHECKING:
     import torchmetrics

@@ -11,13 +11,13 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from ..core import flower
-from ..core.errors import BractError, RunError
-from ..strategies.compression import Decoding
-from ..strategies.fold import Fold, Total
-from ..transport.body import Body, Digests
+from ...core import flower
+from ...core.errors import BractError, RunError
+from ...strategies.compression import Decoding
+from ...strategies.fold import Fold, Total
+from ...transport.body import Body, Digests
+from ..grid import Arrival, Exchange, RoundGrid
 from .errands import Delivery, Errand, Mailbox
-from .grid import Arrival, Exchange, RoundGrid
 from .listener import Listener
 
 Check = Callable[[Message, RecordDict], None]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.errors import RunError
-from ..core.keys import Key, Stream
+from ...core.errors import RunError
+from ...core.keys import Key, Stream
+from ..mechanism import RecordLevelPlan
 from .dpsgd import Loss, StreamOptimizer, trained_layers
-from .mechanism import RecordLevelPlan
 from .per_example import Clean, Gradients, Kind, finite, kind_of, unchanged
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import grpc
 
-from ..core.errors import CATALOGUE, BractError, InputError, Refusal, RunError
-from ..transport.body import Incoming
-from ..transport.channel import CLIENT_OPTIONS, Credentials
-from ..transport.federation_pb2 import Farewell, Frame, Heartbeat, Lack, Welcome
-from ..transport.wire import METHOD, Limits, control, farewell, read
+from ...core.errors import CATALOGUE, BractError, InputError, Refusal, RunError
+from ...transport.body import Incoming
+from ...transport.channel import CLIENT_OPTIONS, Credentials
+from ...transport.federation_pb2 import Farewell, Frame, Heartbeat, Lack, Welcome
+from ...transport.wire import METHOD, Limits, control, farewell, read
 from .desk import Desk
 
 Shown = Credentials | Callable[[], grpc.ChannelCredentials] | None

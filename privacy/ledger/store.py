@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from ..core.errors import BractError, Refusal
+from ...core.errors import BractError, Refusal
 from .chain import Entry
 
 FILE = "ledger.sqlite"

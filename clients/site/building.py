@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError
-from ..core.parameters import Layout, digest
-from ..experiment import Experiment
-from ..privacy.independence import refuse_mixing
-from ..privacy.policy import Policy, Update
-from ..strategies.compression import Compression
-from ..strategies.local_rule import LocalRule, arrays_like
-from ..tasks.registry import find_task
-from ..tasks.task import SiteData, Task
+from ...core.errors import InputError
+from ...core.parameters import Layout, digest
+from ...experiment import Experiment
+from ...privacy.dpsgd.independence import refuse_mixing
+from ...privacy.policy import Policy, Update
+from ...strategies.compression import Compression
+from ...strategies.local_rule import LocalRule, arrays_like
+from ...tasks.registry import find_task
+from ...tasks.task import SiteData, Task
+from ..local_model import build_module
+from ..parts import app_module, flower_app, local_model, local_rule, strategy_of
+from ..training import choose_device
 from .admission import refuse_what_may_not_run
-from .local_model import build_module
 from .padding import Padded, padded
-from .parts import app_module, flower_app, local_model, local_rule, strategy_of
-from .training import choose_device
 from .work import AppWork, TaskWork, Work
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import Refusal
+from ...core.errors import Refusal
 
 KEY_FILE = "ledger.key"
 KEY_BYTES = 32

@@ -13,11 +13,11 @@ from typing import Any, Self, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2
 
-from ..core.errors import InputError, RunError
-from ..transport.channel import SERVER_OPTIONS, Credentials, refuse_insecure, split_address
-from ..transport.greeting import Hello
-from ..transport.peers import peer_name
-from ..transport.wire import METHOD, Limits
+from ...core.errors import InputError, RunError
+from ...transport.channel import SERVER_OPTIONS, Credentials, refuse_insecure, split_address
+from ...transport.greeting import Hello
+from ...transport.peers import peer_name
+from ...transport.wire import METHOD, Limits
 from .errands import ClientStatus, Deadlines, Mailbox
 from .roster import Noticed, Roster
 from .session import Admit, Gatekeeper, Session

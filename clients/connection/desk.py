@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 from flwr.app import Error, Message, RecordDict
 
-from .. import __version__
-from ..core import flower
-from ..core.errors import CATALOGUE, BractError, RunError
-from ..privacy.chain import Head
-from ..transport.body import Body
-from ..transport.federation_pb2 import Header, Welcome
-from ..transport.greeting import Hello, head_from, refuse_version
-from ..transport.wire import control, head_of, shown
+from ... import __version__
+from ...core import flower
+from ...core.errors import CATALOGUE, BractError, RunError
+from ...privacy.ledger.chain import Head
+from ...transport.body import Body
+from ...transport.federation_pb2 import Header, Welcome
+from ...transport.greeting import Hello, head_from, refuse_version
+from ...transport.wire import control, head_of, shown
 
 Notice = Callable[[str], None]
 

@@ -15,22 +15,22 @@ from typing import Any, Literal, Self
 
 from flwr.app import Context, Message
 
-from .. import __version__
-from ..core.errors import Refusal, RunError
-from ..core.keys import Key
-from ..experiment import Experiment
-from ..privacy.book import Request, Reservation
-from ..privacy.chain import Head
-from ..privacy.ledger import Ledger
-from ..privacy.policy import Policy
-from ..tasks.task import Task
+from ... import __version__
+from ...core.errors import Refusal, RunError
+from ...core.keys import Key
+from ...experiment import Experiment
+from ...privacy.ledger.book import Request, Reservation
+from ...privacy.ledger.chain import Head
+from ...privacy.ledger.ledger import Ledger
+from ...privacy.policy import Policy
+from ...tasks.task import Task
+from ..gate import release_error
+from ..training import reproducible
 from .admission import Mechanisms, admit
 from .building import Built, build
-from .gate import release_error
 from .incoming import config_of, digest_of, refuse_malformed, size_of
 from .request import MessageRequest, RunRequest
-from .site_state import KeptStates, SiteLog, data_id, pack_reply, unpack_reply
-from .training import reproducible
+from .state import KeptStates, SiteLog, data_id, pack_reply, unpack_reply
 
 PROTOCOL = 1
 """The form of hello and of messages; a placeholder until there is a transport."""

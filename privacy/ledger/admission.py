@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..core.errors import Refusal
+from ...core.errors import Refusal
+from ..guarantee import rounded_up
 from .book import Book, DataSetBudget, Request
-from .guarantee import rounded_up
 
 
 def check(book: Book, request: Request) -> None:

@@ -10,9 +10,9 @@ from typing import Literal
 
 from flwr.app import Message
 
-from ..transport.body import Body
-from ..transport.federation_pb2 import Header
-from .grid import Arrival
+from ...transport.body import Body
+from ...transport.federation_pb2 import Header
+from ..grid import Arrival
 
 State = Literal["waiting", "sent", "offered", "uploading", "done"]
 

@@ -7,9 +7,9 @@ One SQLite file a site, in WAL mode with synchronous=FULL: what a call has retur
   is charged once; any other is charged anew.
 - Commit before the reply leaves: `commit` puts the reply on the disk, then the entry that holds its hash, and wipes the
   bytes. What it returns may leave; nothing else may.
-- Every entry is chained (privacy/chain.py), and no call goes on over a chain that does not fit.
+- Every entry is chained (privacy/ledger/chain.py), and no call goes on over a chain that does not fit.
 
-privacy/spending.py says what is counted. Nothing here needs NumPy, and only sampled events import it.
+privacy/ledger/spending.py says what is counted. Nothing here needs NumPy, and only sampled events import it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from ..core.errors import InputError, Refusal
+from ...core.errors import InputError, Refusal
 from . import admission, replies, store
 from .book import Book, DataSetBudget, Request, Reservation, Spending
 from .chain import KEY_BYTES, KEY_FILE, Entry, Finding, Head, SiteKey, flaws, read_key, same, write_key

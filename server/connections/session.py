@@ -11,14 +11,14 @@ from typing import Any
 import grpc
 from flwr.app import Error, Message, RecordDict
 
-from .. import __version__
-from ..core import flower
-from ..core.errors import BractError, RunError
-from ..transport.body import Incoming
-from ..transport.federation_pb2 import Ask, Farewell, Frame, Header, Heartbeat, Hello, Permit, Receipt, Welcome
-from ..transport.greeting import Hello as Greeting
-from ..transport.greeting import head_from, refuse_version
-from ..transport.wire import PIECE, PROTOCOL, Limits, control, farewell, head_of, read, shown
+from ... import __version__
+from ...core import flower
+from ...core.errors import BractError, RunError
+from ...transport.body import Incoming
+from ...transport.federation_pb2 import Ask, Farewell, Frame, Header, Heartbeat, Hello, Permit, Receipt, Welcome
+from ...transport.greeting import Hello as Greeting
+from ...transport.greeting import head_from, refuse_version
+from ...transport.wire import PIECE, PROTOCOL, Limits, control, farewell, head_of, read, shown
 from .errands import Errand, Waiting
 from .roster import MOST_TRIES, Client, Roster
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..core.errors import InputError
+from ...core.errors import InputError
 
 _LEAST_CHANNELS = 4
 """A group of a single channel would normalize a vector's only number, to zero."""

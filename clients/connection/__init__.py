@@ -1,0 +1,1 @@
+"""The client's end of the transport: one stream to its server, and the desk with its work."""

@@ -61,6 +61,7 @@ class ClientsTable(_Table):
     partitioner: str = "natural"
     partitioner_options: dict[str, Any] = {}
     count: Count | None = None
+    minimum: Count | None = None
     sampling: Literal["all", "fixed", "poisson", "cyclic"] = "all"
     per_round: Count | None = None
 
@@ -135,9 +136,12 @@ class SimulationTable(_Table):
 
 
 class ServerTable(_Table):
-    """[server]"""
+    """[server]: times in seconds; those of a round are of real clients alone."""
 
     quorum: Share = 0.5
+    round_deadline: Positive = 3600.0
+    stall_after: Annotated[float, Field(ge=0.5, allow_inf_nan=False)] = 60.0
+    connect_for: Positive = 300.0
     evaluate_every: Annotated[int, Field(ge=0, strict=True)] = 0
     patience: Annotated[int, Field(ge=0, strict=True)] = 0
     checkpoint_every: NotNegative = 10.0

@@ -6,6 +6,26 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Question(_message.Message):
+    __slots__ = ("protocol", "bract")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    BRACT_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    bract: str
+    def __init__(self, protocol: _Optional[int] = ..., bract: _Optional[str] = ...) -> None: ...
+
+class Announcement(_message.Message):
+    __slots__ = ("protocol", "bract", "run", "experiment")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    BRACT_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    bract: str
+    run: str
+    experiment: str
+    def __init__(self, protocol: _Optional[int] = ..., bract: _Optional[str] = ..., run: _Optional[str] = ..., experiment: _Optional[str] = ...) -> None: ...
+
 class Frame(_message.Message):
     __slots__ = ("piece", "header", "hello", "welcome", "permit", "receipt", "heartbeat", "ask", "lack", "forget", "farewell")
     PIECE_FIELD_NUMBER: _ClassVar[int]

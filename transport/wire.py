@@ -19,6 +19,7 @@ PROTOCOL = 1
 OLDEST = 1
 
 METHOD = "/bract.transport.v1.Federation/Join"
+DESCRIBE = "/bract.transport.v1.Federation/Describe"
 PIECE = 1 << 20
 """Bytes of each piece of a message but its last."""
 FRAME = PIECE + (1 << 12)

@@ -27,7 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from bract.core.errors import BractError, InputError, Refusal
 from bract.transport import pem, provisioning
 from bract.transport.authority import Authority
-from bract.transport.certificates import Hosts, end_certificate, role_of
+from bract.transport.certificates import Hosts, end_certificate, name_of, role_of
 from bract.transport.credentials import channel_credentials, server_credentials
 from bract.transport.handshake import diagnose
 from bract.transport.identities import Identity, warn
@@ -111,6 +111,11 @@ async def turned_away(port: int, credentials: grpc.ChannelCredentials, host: str
 
 async def diagnosis(port: int, identity: Identity, host: str = "localhost") -> BractError | None:
     return await asyncio.to_thread(diagnose, host, port, identity, now=NOW)
+
+
+def test_a_name_of_several_words_comes_back_from_its_certificate(federation) -> None:
+    made = site(federation.authority, federation.path / "va", "VA Long Beach")
+    assert made.name == name_of(x509.load_pem_x509_certificate(made.certificate)) == "VA Long Beach"
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
@@ -481,7 +486,9 @@ def test_no_certificate_outlives_its_authority(tmp_path) -> None:
     assert "ca.pem: the federation's authority expired" in said
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "-x", "a/b", "a b", "ä", "a\n", "x" * 64, "a\x00"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "-x", "a/b", "a ", " a", "a  b", "a\tb", "ä", "a\n", "x" * 64, "a\x00"]
+)
 def test_names_that_could_mislead_are_refused(tmp_path, name) -> None:
     refused("provision-value", lambda: provisioning.request(name, tmp_path / "site"))
     assert not (tmp_path / "site").exists()

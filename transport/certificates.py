@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
+from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -27,7 +28,7 @@ Role = Literal["server", "client"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 URI = "urn:bract:client:"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+NAME = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9][A-Za-z0-9._-]*( [A-Za-z0-9._-]+)*")
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 _USAGES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -43,7 +44,8 @@ def check_name(name: str, *, of: str) -> str:
     if not NAME.fullmatch(name):
         raise InputError(
             "provision-value",
-            f"{of} = {name!r}: a name takes 1 to 63 of A-Z a-z 0-9 . _ - and begins with a letter or a digit",
+            f"{of} = {name!r}: a name takes 1 to 63 of A-Z a-z 0-9 . _ - and single spaces between them, "
+            "and begins with a letter or a digit",
         )
     return name
 
@@ -118,7 +120,7 @@ def end_certificate(
 ) -> x509.Certificate:
     """Return a server's (with its hosts) or a client's certificate; it never outlives the authority's."""
     if hosts is None:
-        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(URI + name)]
+        names: list[x509.GeneralName] = [_uri(name)]
     else:
         names = [*map(x509.DNSName, hosts.names), *map(x509.IPAddress, hosts.addresses)]
     builder = _builder(
@@ -208,7 +210,7 @@ def name_of(certificate: x509.Certificate) -> str | None:
             hosts = [str(each.value) for each in others if isinstance(each, x509.DNSName | x509.IPAddress)]
             return hosts[0] if hosts else None
         case "client" if len(names) == 1 and isinstance(names[0], str) and NAME.fullmatch(names[0]):
-            return names[0] if others == [x509.UniformResourceIdentifier(URI + names[0])] else None
+            return names[0] if others == [_uri(names[0])] else None
     return None
 
 
@@ -224,6 +226,10 @@ def _builder(
         .not_valid_before(start)
         .not_valid_after(end)
     )
+
+
+def _uri(name: str) -> x509.UniformResourceIdentifier:
+    return x509.UniformResourceIdentifier(URI + quote(name))
 
 
 def _subject(name: str) -> x509.Name:

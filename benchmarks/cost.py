@@ -28,7 +28,8 @@ CALIBRATION = """
 import time
 from bract.experiment import Experiment
 from bract.simulations.experiments import DEFAULT_EXPERIMENT
-from bract.simulations.plan import load_clients, make_plan
+from bract.server.plan import make_plan
+from bract.simulations.plan import load_clients
 from bract.tasks.registry import find_task
 import dp_accounting.pld, dp_accounting.rdp
 

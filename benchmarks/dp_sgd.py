@@ -3,8 +3,9 @@
     python benchmarks/dp_sgd.py --model mlp [--clients 20] [--repeats 5]
 
 The workload of `benchmarks/peers`: clients of 60 images, one epoch of batches of 10; clip 1, sigma 1, Poisson batches.
-One process and one thread; the three take turns, client by client, and processor time counts, since other work may
-share the machine. Prints one JSON line: milliseconds a client, and the medians of the ratios over the repeats.
+One process and one thread; they take turns, client by client, and processor time counts, since other work may share the
+machine. Prints one JSON line: median milliseconds a client, and of each ratio the least, the median and the greatest of
+the repeats.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -92,6 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     runs: dict[str, tuple[Callable[[Examples, RecordLevelPlan | None], None], RecordLevelPlan | None]] = {
         "without": (bract, None),
+        "noiseless": (bract, replace(plan, noise_multiplier=0.0)),
         "private": (bract, plan),
         "opacus": (opacus, None),
     }
@@ -108,6 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         for name in runs if repeat else ():
             times[name].append(spent[name] / len(cohort))
     ratios = {
+        "noiseless_over_without": [a / b for a, b in zip(times["noiseless"], times["without"], strict=True)],
         "over_without": [a / b for a, b in zip(times["private"], times["without"], strict=True)],
         "opacus_over": [a / b for a, b in zip(times["opacus"], times["private"], strict=True)],
     }
@@ -115,7 +119,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "model": args.model,
         "engine": sequential.dp_engine(model, cohort[0].inputs[:2], training),
         **{f"{name}_ms": round(1e3 * median(found), 2) for name, found in times.items()},
-        **{name: round(median(found), 2) for name, found in ratios.items()},
+        **{name: [round(f(found), 2) for f in (min, median, max)] for name, found in ratios.items()},
     }
 
 

@@ -32,6 +32,7 @@ def measure(*, count: int, sigma: float, repeats: int) -> dict[str, Any]:
     ways: dict[str, Callable[[], object]] = {
         "discrete_gaussian": lambda: sample(stream, sigma, count),
         "stream_normals": lambda: stream.normals(count),
+        "stream_single_normals": lambda: stream.single_normals(count),
         "numpy_normal": lambda: generator.standard_normal(count),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -35,15 +35,16 @@ def audit(
     started = time.monotonic()
     found = []
     with status("putting the experiment together"):
-        from ..simulations.audit.run import CHECKS, quick
+        from ..simulations.audit.run import checks_of, quick
 
         findings = quick(experiment)
         finding = next(findings, None)
-    names = list(CHECKS[experiment.privacy.unit])
+    names = checks_of(experiment)
+    width = max(13, *map(len, names))
     while finding is not None:
         found.append(finding)
         if not as_json:
-            first = f"{finding.verdict:<12} {finding.name:<13} "
+            first = f"{finding.verdict:<12} {finding.name:<{width}} "
             print("\n".join(wrapped(finding.sentence, first=first)), flush=True)
         with status(f"checking {names[len(found)]}" if len(found) < len(names) else "ending"):
             finding = next(findings, None)

@@ -23,6 +23,9 @@ from .output import print_error, print_json
 # A command is the function of its name in the module of its name; only the chosen one is imported.
 COMMANDS = {
     "simulate": "Virtual clients on this machine; no FILE: four hospitals, heart disease.",
+    "server": "Coordinate a federation of real clients over gRPC, with mutual TLS.",
+    "sandbox": "A server and real client processes on this machine, over gRPC with mutual TLS.",
+    "client": "Take part in a federation with your own data, policy and ledger.",
     "plan": "Epsilon, noise, bytes and steps of an experiment before anything runs.",
     "audit": "Does the program do what it claims: quick [FILE], in less than a minute.",
     "report": "Write the report page of a run again.",

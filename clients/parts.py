@@ -51,6 +51,15 @@ def local_model(
     return LocalModel(module, training, device=device, keep_buffers=not private), training
 
 
+def withholds_counts(experiment: Experiment) -> bool:
+    """Return whether a client weighs 1, whatever its number of records: under privacy, unless the server is trusted.
+
+    Also where the number is declared, and so public: a simulation and a federation must give the same model.
+    """
+    privacy = experiment.privacy
+    return privacy.unit == "record" or (privacy.unit == "client" and privacy.trust == "nobody")
+
+
 def flower_app(experiment: Experiment) -> ClientApp:
     """Return the ClientApp that [clients] names by its dotted path. Raises InputError."""
     path = str(experiment.clients.app)

@@ -113,6 +113,14 @@ CATALOGUE: dict[str, Explanation] = {
         meaning="The directory that --out names already holds something.",
         mend="Choose another directory, or go on with that run by --resume.",
     ),
+    "run-in-use": Explanation(
+        meaning="Another process runs in the run directory that --resume names.",
+        mend="Wait for its end, or end it; one run has one server.",
+    ),
+    "run-finished": Explanation(
+        meaning="A federated run that --resume names has come to its end.",
+        mend="Start a new run; what it leaves stands in its directory.",
+    ),
     "run-changed": Explanation(
         meaning="A run can only be resumed with the experiment, data and software that started it.",
         mend="Restore what the message names, or start a new run.",
@@ -148,6 +156,14 @@ CATALOGUE: dict[str, Explanation] = {
     "policy-refused": Explanation(
         meaning="The site's policy does not allow what was asked.",
         mend="Ask for less, or have the site's owner write what the message at the site names into policy.toml.",
+    ),
+    "announcement-invalid": Explanation(
+        meaning="What a server announced is no experiment that this version of bract can read.",
+        mend="Run the same bract version on server and sites; the message says what is wrong in the server's file.",
+    ),
+    "experiment-unexpected": Explanation(
+        meaning="A server announces another experiment than the one that the site's owner gave by --experiment.",
+        mend="Ask who runs the federation; take over the new file once you agree with it.",
     ),
     "request-invalid": Explanation(
         meaning="A message asks a site for something that is not in the form of this version of bract.",
@@ -300,6 +316,10 @@ CATALOGUE: dict[str, Explanation] = {
     "client-lost": Explanation(
         meaning="A client went away, or never came, and was not back in time.",
         mend="Read the client's own log; `server.connect_for` says how long an absent client is waited for.",
+    ),
+    "client-unsuited": Explanation(
+        meaning="A client's task, data set or policy does not go with the run of the server that it joined.",
+        mend="Start the client for what the server announces; what its policy allows is for its owner to decide.",
     ),
     "client-late": Explanation(
         meaning="A client is there but did not reply before the round's deadline.",

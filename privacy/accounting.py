@@ -133,9 +133,10 @@ def _epsilon(q: float, sigma: float, steps: int, delta: float, relation: Relatio
 def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, relation: Relation, interval: float) -> float:
     # A step's losses spread by about q / sigma: many steps add up what a wider interval rounds away ...
     # ... and reach about 10 / sigma + 1 / (2 sigma^2): small noise would need too many points of a narrow one.
-    interval = max(min(interval, 0.1 * q / sigma), 1e-5 * (10 / sigma + 0.5 / sigma**2))
+    narrowest = 1e-5 * (10 / sigma + 0.5 / sigma**2)
+    interval = max(min(interval, 0.1 * q / sigma), narrowest)
     value = float(_one_step(q, sigma, relation, interval).self_compose(steps).get_epsilon_for_delta(delta))
-    if value < 100 * interval and interval > 1e-7:
+    if value < 100 * interval and interval > max(narrowest, 1e-7):
         # So small an epsilon would be a product of the rounding.
         return min(value, _pld_epsilon(q, sigma, steps, delta, relation, interval / 10))
     return value

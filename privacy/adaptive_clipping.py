@@ -5,8 +5,9 @@ a round with clipping norm C each client sends its clipped update and its vote b
 (it was *not* clipped), else 0. From the noisy share of unclipped updates, b', the next round has
 C · exp(-learning_rate · (b' - quantile)): when too many fit, C shrinks.
 
-Sensitivity: the server sums b - 1/2, which is 1/2 or -1/2, over the clients of the round; adding or removing one client
-moves that sum by exactly 1/2 (summing b would move it by up to 1, and then by nothing), replacing one by at most 1.
+Sensitivity: the server sums b - 1/2, which is 1/2 or -1/2, over the clients of the round; one client more, or in place
+of one that contributes nothing, moves that sum by at most 1/2 (summing b would move it by up to 1), one in place of any
+other by at most 1. A client whose update is zero has no vote, so that one without records contributes nothing at all.
 With noise of deviation s on the votes and z_u C on the updates, one client moves the pair (update sum / (z_u C), vote
 sum / s) by at most sqrt(1 / z_u² + 1 / (2 s)²), in units of a deviation of 1: the pair is one Gaussian mechanism of
 noise multiplier z, where z^-2 = z_u^-2 + (2 s)^-2 (their theorem 1). A round therefore costs what z costs, sampled
@@ -103,12 +104,13 @@ class ClippingState:
     def vote(self, norm: float) -> int:
         """Return 1 for an update of a norm within this round's clipping norm, else -1: twice b - 1/2, an integer.
 
+        A norm of zero has no vote, 0.
         Errors: RunError `value-out-of-range` for a norm that is not finite: such an update is neither clipped nor
         summed, and its client has no vote.
         """
         if not math.isfinite(norm):
             raise RunError("value-out-of-range", "the norm of a client's update is not finite")
-        return 1 if norm <= self.clipping_norm else -1
+        return 0 if norm == 0 else 1 if norm <= self.clipping_norm else -1
 
     def following(self, votes: Iterable[int], stream: Stream) -> ClippingState:
         """Return the state of the next round from the votes (or their sums, in any grouping) of all that were summed.

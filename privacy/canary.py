@@ -12,6 +12,9 @@ right ones is Bin(m, p) with p at most Φ(mu / 2): exactly, not in the limit. Th
 1 - 1e-6 of Bin(m, Φ(mu / 2)). A guess compares the sum of a canary's inner products with the released sums to half of
 what the canary adds: a threshold that is fixed before anything is drawn.
 
+Clients are canaries in the same way: a client whose update moves the sum by C is what a record is in DP-SGD, and m
+clients that each noise their own update are m mechanisms, each with a coin of its own.
+
 A test of the unsampled mechanism says nothing of the sampler, and amplification does not carry such a claim over: the
 audit counts what the sampler draws instead.
 """
@@ -21,13 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
 from ..core.keys import Key
+from .dpsgd.bookkeeping import BookKeeping
 from .dpsgd.dpsgd import DPSGD, Loss
 from .mechanism import RecordLevelPlan
 
@@ -58,21 +62,30 @@ class Steps(Protocol):
         """Train `layer` in place."""
 
 
-def with_dpsgd(
-    layer: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    loss: Loss,
-    *,
-    plan: RecordLevelPlan,
-    key: Key,
-    see: Callable[[], None],
-) -> None:
-    """Take the steps of a round by `DPSGD` alone."""
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    with DPSGD(layer, optimizer, plan=plan, noise=key.stream(), correct=see) as private:
-        for _ in range(plan.steps_per_round):
-            private.step(inputs, targets, loss)
+def steps_by(engine: Literal["bookkeeping", "opacus"]) -> Steps:
+    """Return what takes the steps of a round by an engine alone."""
+
+    def steps(
+        layer: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        loss: Loss,
+        *,
+        plan: RecordLevelPlan,
+        key: Key,
+        see: Callable[[], None],
+    ) -> None:
+        optimizer, noise = torch.optim.SGD(layer.parameters(), lr=0.0), key.stream()
+        private: BookKeeping | DPSGD
+        if engine == "bookkeeping":
+            private = BookKeeping(layer, optimizer, plan=plan, noise=noise, correct=see)
+        else:
+            private = DPSGD(layer, optimizer, plan=plan, noise=noise, correct=see)
+        with private:
+            for _ in range(plan.steps_per_round):
+                private.step(inputs, targets, loss)
+
+    return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,46 +109,83 @@ class CanaryResult:
         return self.right <= self.most
 
 
+@dataclass(frozen=True, kw_only=True)
+class Canaries:
+    """The coins of a test: `there` [m] says which canaries take part.
+
+    `directions` are unit vectors [m, BLOCK · m], each on its own block: exactly orthogonal, and every coordinate is
+    used. A canary moves what is released by `length` · C in each of `steps` steps, whose noise is z · C.
+    """
+
+    there: Tensor
+    directions: Tensor
+    noise_multiplier: float
+    steps: int
+    length: float
+
+    @classmethod
+    def toss(cls, key: Key, *, noise_multiplier: float, canaries: int = CANARIES, steps: int = _MOST_STEPS) -> Self:
+        """Return the canaries of a mechanism, for at most so many steps; raises ValueError for one without noise.
+
+        With z below 2/3 a canary moves less than C, so that the claimed shift stays at 1.5.
+        """
+        if noise_multiplier <= 0:
+            raise ValueError("noise_multiplier = 0: a plan without noise claims nothing")
+        return cls(
+            there=torch.from_numpy(key.child("coins").stream().bernoulli(canaries, 0.5)),
+            directions=_directions(key.child("directions"), canaries),
+            noise_multiplier=noise_multiplier,
+            steps=min(steps, max(1, math.ceil(noise_multiplier**2))),
+            length=min(1.0, _LARGEST_SHIFT * noise_multiplier),
+        )
+
+    @property
+    def threshold(self) -> float:
+        """Half of what a canary adds to its inner product with the released sums, in units of C."""
+        return self.steps * self.length / 2
+
+    def products(self, released: Tensor) -> Tensor:
+        """Return the inner products [m] of the released sums [BLOCK · m], float64, with the canaries."""
+        canaries = len(self.there)
+        return (released.view(canaries, BLOCK) * _blocks(self.directions)).sum(dim=1)
+
+    def guess(self, products: Tensor) -> CanaryResult:
+        """Return how many coins are guessed from the inner products [m], in units of C."""
+        canaries, noise = len(self.there), self.noise_multiplier
+        mu = math.sqrt(self.steps) * self.length / noise
+        most = int(stats.binom.isf(SIGNIFICANCE, canaries, float(stats.norm.cdf(mu / 2))))
+        return CanaryResult(
+            canaries=canaries,
+            steps=self.steps,
+            mu=mu,
+            threshold=self.threshold,
+            right=int(((products > self.threshold) == self.there).sum()),
+            most=most,
+            power=float(stats.binom.sf(most, canaries, stats.norm.cdf(mu))),
+        )
+
+
 def canary_test(
     plan: RecordLevelPlan,
     key: Key,
     *,
     canaries: int = CANARIES,
-    steps: Steps = with_dpsgd,
+    steps: Steps | None = None,
     device: torch.device | None = None,
 ) -> CanaryResult:
     """Return what an attacker finds of canaries under the plan's noise and clipping.
 
-    `key` decides the coins, the canaries and, by its child "noise", what `steps` draws. With z below 2/3 a canary's
-    gradient is shorter than C, so that the claimed shift stays at 1.5. Above z = 20 the test takes 400 steps, and its
-    power falls. Raises ValueError for a plan without noise, which claims nothing.
+    `key` decides the coins, the canaries and, by its child "noise", what `steps` draws, by default book-keeping. Above
+    z = 20 the test takes 400 steps, and its power falls. Raises ValueError for a plan without noise.
     """
-    noise = plan.noise_multiplier
-    if noise <= 0:
-        raise ValueError("noise_multiplier = 0: a plan without noise claims nothing")
-    count = min(_MOST_STEPS, max(1, math.ceil(noise**2)))
-    length = min(1.0, _LARGEST_SHIFT * noise)
-    mu = math.sqrt(count) * length / noise
-    directions = _directions(key.child("directions"), canaries)
-    there = torch.from_numpy(key.child("coins").stream().bernoulli(canaries, 0.5))
+    coins = Canaries.toss(key, noise_multiplier=plan.noise_multiplier, canaries=canaries)
     # Only those that are there take part. Ten times too long where it shall be clipped, a canary moves the sum by C.
-    inputs = directions[there].mul_(plan.clipping_norm * (length if length < 1 else 10.0))
-    unsampled = replace(plan, records=len(inputs), batch_size=len(inputs), epochs=count, accounted_records=None)
-    found = _released(unsampled, inputs, key.child("noise"), steps, device or torch.device("cpu"))
-    products = (found.view(canaries, BLOCK) * _blocks(directions)).sum(dim=1)
-    threshold = count * length * plan.clipping_norm / 2
-    right = int(((products > threshold) == there).sum())
-    chance = float(stats.norm.cdf(mu / 2))
-    most = int(stats.binom.isf(SIGNIFICANCE, canaries, chance))
-    return CanaryResult(
-        canaries=canaries,
-        steps=count,
-        mu=mu,
-        threshold=threshold,
-        right=right,
-        most=most,
-        power=float(stats.binom.sf(most, canaries, stats.norm.cdf(mu))),
-    )
+    length = plan.clipping_norm * (coins.length if coins.length < 1 else 10.0)
+    inputs = coins.directions[coins.there].mul_(length)
+    unsampled = replace(plan, records=len(inputs), batch_size=len(inputs), epochs=coins.steps, accounted_records=None)
+    steps, device = steps or steps_by("bookkeeping"), device or torch.device("cpu")
+    released = _released(unsampled, inputs, key.child("noise"), steps, device)
+    return coins.guess(coins.products(released) / plan.clipping_norm)
 
 
 def _directions(key: Key, canaries: int) -> Tensor:

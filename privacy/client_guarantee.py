@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from .client_level import ClientLevelPlan
-from .guarantee import Guarantee, Place, Randomness, no_privacy
+from .guarantee import OTHER_RUNS, Guarantee, Place, Randomness, finite, no_privacy
 from .local import LocalPlan
 
 EXCLUDED = (
@@ -14,10 +14,10 @@ EXCLUDED = (
     "the number of clients, which is public, and that one of them stayed away for reasons outside of its records",
     "the choice of hyper-parameters, as far as earlier runs with the same clients led to it",
     "several clients of one person or owner: epsilon counts for each of them",
-    "other runs with the same clients: the epsilon counts this run alone",
+    f"{OTHER_RUNS} with the same clients: the epsilon counts this run alone",
 )
 FLOATING = "the correlated noise is floating-point"
-_ZERO_OUT = "zero-out (the records of one client replaced by none, the number of clients public)"
+_ZERO_OUT = "zero-out (one client replaced by one that contributes nothing, the number of clients public)"
 _TRUST: dict[Place, str] = {
     "simulation": "this is a simulation: one process holds all records and sees every update before the noise; the "
     "promise is about the released models",
@@ -55,7 +55,7 @@ def client_level(
         randomness=randomness,
         trust=_TRUST[place],
         excludes=(*EXCLUDED, *([FLOATING] if plan.bands else []), *excludes_extra),
-        replace_one_epsilon=plan.epsilon(rounds, relation="replace-one"),
+        replace_one_epsilon=finite(plan.epsilon(rounds, relation="replace-one")),
         released="models",
         drawn="noise and the cohorts",
     )
@@ -83,7 +83,7 @@ def local_privacy(
         randomness=randomness,
         trust=_LOCAL_TRUST[place],
         excludes=(*EXCLUDED, *excludes_extra),
-        replace_one_epsilon=plan.epsilon(sent, relation="replace-one"),
+        replace_one_epsilon=finite(plan.epsilon(sent, relation="replace-one")),
         released="updates, and so the models,",
         drawn="noise",
     )

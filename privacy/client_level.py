@@ -28,10 +28,11 @@ class ClientLevelPlan:
     """What the server does in a whole run; `cohort` is the expected number of clients a round.
 
     Formal guarantee: after r rounds the released models are (epsilon(r), delta)-DP towards whoever sees all of them,
-    for neighbours that differ in one client whose records are replaced by none (zero-out, `clients` public): its update
-    moves the sum by at most the clipping norm, whatever it is (not finite: it counts as zero). Amplification by the
-    rate holds for Poisson cohorts that stay secret. A cyclic cohort comes again every `period` rounds, which anybody
-    may know; any other one is accounted as if it were everybody. With `bands` the noise is correlated over rounds.
+    for neighbours that differ in one client, replaced by one that contributes nothing (zero-out, `clients` public):
+    its update moves the sum by at most the clipping norm, whatever it is (not finite: it counts as zero).
+    Amplification by the rate holds for Poisson cohorts that stay secret. A cyclic cohort comes again every `period`
+    rounds, which anybody may know; any other one is accounted as if it were everybody. With `bands` the noise is
+    correlated over rounds.
     """
 
     clients: int
@@ -59,6 +60,8 @@ class ClientLevelPlan:
             raise ValueError(f"noise_multiplier = {self.noise_multiplier}: must be finite and at least 0")
         if not 0 < self.delta < 1:
             raise ValueError(f"delta = {self.delta}: must lie between 0 and 1")
+        if self.bands is not None and self.adaptive_clipping:
+            raise ValueError("adaptive_clipping: correlated noise is of one clipping norm, and no votes are counted")
         # They refuse more noise than the votes leave over, and bands that reach further than a client rests.
         self.clipping()
         self.correlation()

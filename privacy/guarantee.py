@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import accounting
@@ -18,13 +18,15 @@ Randomness = Literal["secret", "seed"]
 Place = Literal["simulation", "federation"]
 
 LISTED_CLIENTS = 100
+OTHER_RUNS = "other runs"
+"""How the exclusion begins that holds only where no ledger adds runs up."""
 ALWAYS_EXCLUDED = (
     "timing: how long a step, a round or the run took",
     "the number of records, which is declared public",
     "the choice of hyper-parameters, as far as earlier runs on the same data led to it",
     "several records of one person: epsilon counts for each of them",
     "the noise of the training is floating-point (that of the released metrics is exact and discrete)",
-    "other runs on the same data: the epsilon counts this run alone",
+    f"{OTHER_RUNS} on the same data: the epsilon counts this run alone",
 )
 
 _TRUST: dict[Place, str] = {
@@ -84,6 +86,15 @@ class Guarantee:
             f"whole run, {self.sampler}, and {drawn}.{beneath}"
         )
 
+    def under_ledgers(self) -> Self:
+        """Return the guarantee where each site's ledger bounds all runs on its data: other runs are not left out.
+
+        Not for what a server claims to spend, nor where a site has no budget.
+        """
+        record = None if self.record is None else self.record.under_ledgers()
+        left = tuple(each for each in self.excludes if not each.startswith(OTHER_RUNS))
+        return replace(self, excludes=left or self.excludes, record=record)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object, the sentence included."""
         shown = asdict(self)
@@ -136,7 +147,7 @@ def record_level(
         randomness=randomness,
         trust=_TRUST[place],
         excludes=(*ALWAYS_EXCLUDED, *excludes_extra),
-        replace_one_epsilon=max(2 * released, _replace_one(plans, rounds)),
+        replace_one_epsilon=finite(max(2 * released, _replace_one(plans, rounds))),
         per_client=per_client if len(per_client) <= LISTED_CLIENTS else _quantiles(list(per_client.values())),
     )
 
@@ -157,6 +168,11 @@ def no_privacy(
         else "records stay at their sites, but the server and whoever gets the model see what they reveal",
         excludes=("everything: no mechanism bounds what the result tells about a record", *excludes_extra),
     )
+
+
+def finite(epsilon: float) -> float | None:
+    """Return a figure, or None where there is none: then nothing is promised, and nothing is said of it."""
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def rounded_up(value: float) -> str:

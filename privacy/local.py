@@ -29,7 +29,7 @@ class LocalPlan:
     """What each client does to its updates in a whole run; `participations` is the most rounds that one is in.
 
     Formal guarantee: all updates that a client sends in so many rounds are (epsilon, delta)-DP towards whoever sees
-    them, for neighbours in which the client's records are replaced by none (zero-out) or by any others (replace-one).
+    them, for neighbours in which the client's change is replaced by none (zero-out) or by any other (replace-one).
     """
 
     participations: int

@@ -23,7 +23,7 @@ Metrics = Literal["withheld", "noised", "raw"]
 SMALLEST_CLIPPING_NORM = 1e-6
 LARGEST_CLIPPING_NORM = 1e6
 
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*( [A-Za-z0-9._-]+)*$")]
 _Count = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -41,15 +41,16 @@ class SiteTable(_Table):
 class DataTable(_Table):
     """[data.NAME]: `records` is the declared number of training records, public; without `epsilon` there is no budget.
 
-    `path` starts at the folder of the policy file.
+    `path` starts at the folder of the policy file; it may be left out where the data's place is given otherwise.
     """
 
-    path: str
+    path: str | None = None
     records: _Count
     unit: Literal["record", "client"] = "record"
     relation: Relation = "zero-out"
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    node_config: dict[str, bool | int | float | str] = {}
 
     def budget(self, name: str) -> DataSetBudget | None:
         """Return the budget that the ledger holds all runs to, None where there is none."""
@@ -64,6 +65,7 @@ class AllowTable(_Table):
     tasks: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     apps: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     epochs: Annotated[int, Field(ge=0, strict=True)] = 0
     message_bytes: Annotated[int, Field(ge=0, strict=True)] = 0
     updates: tuple[Update, ...] = ()
@@ -111,8 +113,24 @@ class Policy(_Table):
         return name
 
     def path_of(self, name: str) -> Path:
-        """Return where a data set lies."""
-        return (self._source.parent if self._source else Path()) / self.data[name].path
+        """Return where a data set lies. Raises InputError where nobody has said it."""
+        given = self.data[name].path
+        if given is None:
+            place = self.place("data", name)
+            raise InputError("policy-value", f"data.{name}.path: missing; write it, or give --data PATH{place}")
+        return self.folder / given
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the policy file, at which the paths of its data sets start."""
+        return self._source.parent if self._source else Path()
+
+    def at(self, name: str, path: Path) -> Self:
+        """Return this policy with a data set at another place, from the working directory. Raises InputError."""
+        table = self.data[name].model_copy(update={"path": str(path.absolute())})
+        moved = self.model_copy(update={"data": {**self.data, name: table}})
+        moved._refuse_conflicts()
+        return moved
 
     def place(self, *path: str) -> str:
         """Return where a key stands, as ` (policy.toml, line 14)`, to end a refusal with."""
@@ -125,7 +143,7 @@ class Policy(_Table):
         """
         return Refusal("policy-refused", f"{'.'.join(path)}: {why}; to allow it, write {write}{self.place(*path)}")
 
-    def refuse_unlisted(self, key: Literal["tasks", "strategies", "apps", "updates"], name: str) -> None:
+    def refuse_unlisted(self, key: Literal["tasks", "strategies", "apps", "options", "updates"], name: str) -> None:
         """Raise Refusal unless a list of [allow] names this."""
         listed = getattr(self.allow, key)
         if name not in listed:
@@ -136,11 +154,13 @@ class Policy(_Table):
 
     def refuse_untrusted(self, server: str | None, what: str) -> None:
         """Raise Refusal unless the server, by the name in its certificate, may see what nothing protects."""
-        if self.site.server is None or server != self.site.server:
-            who = f'"{server}"' if server else "a server without a name"
-            raise self.refusal(
-                "site", "server", why=f"{what} would be seen by {who}, which is not trusted", write=f"server = {who}"
-            )
+        if server is None:
+            why = f"{what} would be seen by a server without a certificate, whoever it is"
+            write = 'server = "NAME", and connect with an identity to the server whose certificate has that name'
+            raise self.refusal("site", "server", why=why, write=write)
+        if server != self.site.server:
+            why = f'{what} would be seen by "{server}", which is not trusted'
+            raise self.refusal("site", "server", why=why, write=f'server = "{server}"')
 
     def _refuse_conflicts(self) -> None:
         paths: dict[Path, str] = {}
@@ -153,7 +173,7 @@ class Policy(_Table):
                 raise self._conflict(
                     "data", name, "delta", why="must be below one in the number of records, or it promises nothing"
                 )
-            first = paths.setdefault(self.path_of(name).resolve(), name)
+            first = name if table.path is None else paths.setdefault(self.path_of(name).resolve(), name)
             if first != name:
                 raise self._conflict(
                     "data", name, "path", why=f"is that of {first}; one data set under two names has two budgets"

@@ -131,12 +131,9 @@ class Progress:
         now = self._clock()
         if self._live is None and (now - self._said >= PLAIN_INTERVAL or event.round in (self._first, self._rounds)):
             self._said = now
-            failed = f", {self._failed} failed" if self._failed else ""
             shown = "".join(f", {part}" for part in (self._epsilon_text(), *self._metric_texts(found)) if part)
             left = f", {self._left()}" if self._left() else ""
-            self._say(
-                f"round {event.round}/{self._rounds}: {self._replied} of {self._cohort} clients{failed}{shown}{left}"
-            )
+            self._say(f"round {event.round}/{self._rounds}: {self._clients_text()}{shown}{left}")
 
     def _say(self, text: str, *, style: str = "", plain_only: bool = False) -> None:
         if self._live is None:
@@ -152,7 +149,7 @@ class Progress:
             lines.append(
                 _bar(
                     "round", self._done, self._rounds,
-                    f"clients {self._replied}/{self._cohort}" + (f", {self._failed} failed" if self._failed else ""),
+                    self._clients_text(short=True),
                     self._left(),
                 )
             )  # fmt: skip
@@ -163,6 +160,12 @@ class Progress:
         if known:
             lines.append(Text("  " + "   ".join(known)))
         return Group(*lines)
+
+    def _clients_text(self, *, short: bool = False) -> str:
+        failed = f", {self._failed} failed" if self._failed else ""
+        if short:
+            return f"clients {self._replied}/{self._cohort}{failed}"
+        return f"{self._replied} of {self._cohort} clients{failed}"
 
     def _promise(self) -> str:
         given = self._guarantee

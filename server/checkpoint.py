@@ -46,7 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     )
     tensors["__tree__"] = np.frombuffer(json.dumps(tree).encode(), dtype=np.uint8)
     path = folder / f"round-{checkpoint.round:08d}.safetensors"
-    write_atomically(path, save_tensors({name: np.array(array, order="C") for name, array in tensors.items()}))
+    write_atomically(path, save_tensors({name: np.asarray(array, order="C") for name, array in tensors.items()}))
     for old in folder.glob("round-*.safetensors"):
         if old != path:
             old.unlink(missing_ok=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..privacy.guarantee import Guarantee
+
+if TYPE_CHECKING:
+    from .connections.errands import ClientStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,37 @@ class RunStarted(Event):
     first_round: int
     run_dir: Path
     guarantee: Guarantee
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening(Event):
+    """A server listens at an address; `status` returns where each client is, as long as it does."""
+
+    name: str
+    run: str
+    address: str
+    run_dir: Path
+    status: Callable[[], Sequence[ClientStatus]]
+    secret_cohorts: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingForClients(Event):
+    """A round waits until `minimum` clients are there; `missing` names those that it is waiting for, if it is known."""
+
+    present: int
+    minimum: int
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientNoticed(Event):
+    """A client has "joined", "left", or was "refused", or a message to it has "failed". Comes in any thread."""
+
+    what: str
+    client: str
+    code: str
+    sentence: str
 
 
 @dataclass(frozen=True, kw_only=True)

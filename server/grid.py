@@ -6,12 +6,12 @@ import math
 import random
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from ..core import flower
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
     from flwr.supercore.typing import Run  # type: ignore[attr-defined]
 
 
-# What is left of a folded reply holds its size under this name, until the exchange has read it.
-_FOLDED = "folded"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """A reply and the message that it answers; `total` when a worker folded it, alone or with those before it."""
+    """A reply and the message that it answers; `total` when a worker folded it, alone or with those before it.
+
+    `folded_bytes` is then the size of the arrays that it came with; None for a whole reply.
+    """
 
     instruction: Message
     reply: Message
-    folded: bool = False
+    folded_bytes: int | None = None
     total: Total | None = None
 
 
@@ -65,11 +64,10 @@ class Exchange(Iterator[Message]):
         if arrival.total is not None and self.total is not None:
             self.total.merge(arrival.total)
         size = size_of(reply.content) if reply.has_content() else 0
-        if arrival.folded:
-            size = _take_size(reply)
+        if arrival.folded_bytes is not None:
+            size = arrival.folded_bytes
         elif self._fold is not None and self.total is not None:
-            reply = fold_in(self._fold, self.total, arrival.instruction, reply)
-            _take_size(reply)
+            reply, size = fold_in(self._fold, self.total, arrival.instruction, reply)
         elif self.compression is not None:
             reply = decoded(self.compression, arrival.instruction, reply)
         if reply.has_content():
@@ -78,22 +76,24 @@ class Exchange(Iterator[Message]):
         return reply
 
 
-def fold_in(fold: Fold, total: Total, instruction: Message, reply: Message) -> Message:
-    """Add a reply to a total and return what is left of it, and its size; an error reply if the fold refuses it."""
+def fold_in(fold: Fold, total: Total, instruction: Message, reply: Message) -> tuple[Message, int]:
+    """Add a reply to a total; return what is left of it and the bytes of its arrays.
+
+    An error reply and 0 if the fold refuses it.
+    """
     if reply.has_error():
-        return reply
+        return reply, 0
     size = size_of(reply.content)
     if isinstance(fold, Decoding):
         reply = decoded(fold.compression, instruction, reply)
         if reply.has_error():
-            return reply
+            return reply, 0
     try:
         fold.add(total, reply.content)
     except BractError as error:
-        return flower.error_reply(instruction, error.code, error.sentence)
+        return flower.error_reply(instruction, error.code, error.sentence), 0
     reply.content = flower.without_arrays(reply.content)
-    reply.content[_FOLDED] = ConfigRecord({"bytes": size})
-    return reply
+    return reply, size
 
 
 def decoded(compression: Compression, instruction: Message, reply: Message) -> Message:
@@ -123,12 +123,6 @@ def _array_size(array: Array) -> int:
         return min(len(array.data), math.prod(array.shape) * np.dtype(array.dtype).itemsize)
     except (TypeError, ValueError, SyntaxError):  # a client may call a type what it likes
         return len(array.data)
-
-
-def _take_size(reply: Message) -> int:
-    """Return the size of a folded reply, and take it out."""
-    record = reply.content.pop(_FOLDED, None) if reply.has_content() else None
-    return int(str(record["bytes"])) if isinstance(record, ConfigRecord) else 0
 
 
 class RoundGrid(Grid):
@@ -204,46 +198,3 @@ class FlowerGrid(RoundGrid):
 def _emptying(late: deque[Arrival]) -> Iterator[Arrival]:
     while late:
         yield late.popleft()
-
-
-class CohortGrid(RoundGrid):
-    """A view of a grid that shows one round's cohort, so that any strategy trains exactly these clients.
-
-    It decodes what they compress. `bytes_down` and `bytes_up` count the arrays that went through it.
-    """
-
-    def __init__(self, grid: RoundGrid, cohort: Sequence[int], *, compression: Compression | None = None) -> None:
-        self._grid = grid
-        self._cohort = list(cohort)
-        self._compression = compression
-        self._exchanges: list[Exchange] = []
-        self.bytes_down = 0
-
-    @property
-    def bytes_up(self) -> int:
-        """The bytes of the good replies so far."""
-        return sum(exchange.bytes_up for exchange in self._exchanges)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the cohort's node ids."""
-        return list(self._cohort)
-
-    @property
-    def population(self) -> int:
-        """The number of all clients, drawn or not, which some strategies divide by."""
-        return len(list(self._grid.get_node_ids()))
-
-    def exchange(self, messages: Iterable[Message], *, fold: Fold | None = None, until: int | None = None) -> Exchange:
-        """Exchange over the grid behind the view."""
-        compression = self._compression
-        if compression is not None and fold is not None:
-            fold = Decoding(compression=compression, fold=fold)
-        exchange = self._grid.exchange(self._counted(messages), fold=fold, until=until)
-        exchange.compression = compression
-        self._exchanges.append(exchange)
-        return exchange
-
-    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
-        for message in messages:
-            self.bytes_down += size_of(message.content)
-            yield message

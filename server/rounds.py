@@ -13,17 +13,19 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from ..core import flower
-from ..core.errors import RunError
+from ..core.errors import BractError, RunError
 from ..core.parameters import Arrays, Layout, arrays_of, digest, record_of
+from ..privacy.guarantee import finite
 from ..privacy.release import EvaluationPlan
 from ..strategies.asynchronous import Asynchronous
 from ..strategies.compression import Compression
-from ..strategies.state import load_strategy_state, strategy_state
+from ..strategies.state import load_strategy_state, remember_strategy, strategy_state
 from .checkpoint import Checkpoint
 from .cohort import CohortSampler
+from .cohort_grid import CohortGrid, SealedGrid
 from .evaluation import evaluate
 from .events import ClientFailed, ClientReplied, Evaluated, Listener, Notice, RoundFinished, RoundStarted
-from .grid import CohortGrid, Exchange, RoundGrid
+from .grid import Exchange, RoundGrid
 from .private_aggregation import PrivateAggregation
 from .progress import COUNTED, Budget, Progress, Rules
 
@@ -34,9 +36,11 @@ _TELLING = ("clients", "failed", "bytes_up", "bytes_down", "virtual_time", "seco
 class RoundLoop:
     """Everything that a run of rounds needs; `run` goes through them.
 
-    `clients` maps node ids to names, in order. `remember_clients` returns what puts clients' states back to what they
-    are when it is called. `virtual_time` is that of simulated clients. `after_round` gets the progress and what makes
-    the checkpoint. A round of an `Asynchronous` strategy is one step of the server.
+    `clients` maps node ids to names, in order, and may grow; `population` returns who may be drawn in a round and
+    `connected` those that are there, both by default all clients. `remember_clients` returns what puts clients' states
+    back to what they are when it is called. `virtual_time` is that of simulated clients. `after_round` gets the
+    progress and what makes the checkpoint. A round of an `Asynchronous` strategy is one step of the server. `private`
+    where each round is charged, by a site or by the server: then a strategy may send no more than its round's messages.
     """
 
     strategy: Strategy
@@ -47,10 +51,13 @@ class RoundLoop:
     rules: Rules
     evaluation: EvaluationPlan | None
     emit: Listener
+    private: bool = False
     aggregation: PrivateAggregation | None = None
     compression: Compression | None = None
     strategy_evaluates: bool = False
     strategy_seed: int = 0
+    population: Callable[[int], Sequence[int]] | None = None
+    connected: Callable[[], Mapping[int, str]] | None = None
     client_states: Callable[[], dict[str, Any]] = dict
     remember_clients: Callable[[], Callable[[], None]] = lambda: lambda: None
     virtual_time: Callable[[], float | None] = lambda: None
@@ -74,13 +81,14 @@ class RoundLoop:
             started, spent = time.perf_counter(), self.budget.state_dict()
             self.emit(RoundStarted(round=number, cohort=self._awaited(cohort)))
             self.budget.charge(names)
-            forget_round = self.remember_clients()
+            put_strategy_back, forget_round = self._remember(), self.remember_clients()
             try:
                 progress.arrays, record = self._train(number, cohort, progress.arrays, layout)
             except BaseException:
                 # Nothing of it was released, and a resumed run trains it on the same model with the same noise.
                 self.budget.load_state_dict(spent)
                 forget_round()
+                put_strategy_back()
                 raise
             progress.round = number
             progress.trained += record["clients"]
@@ -92,7 +100,9 @@ class RoundLoop:
                 progress.strategy_metrics = evaluated
             if self.rules.evaluate_every and number % self.rules.evaluate_every == 0:
                 record |= self.evaluate(progress)
-            known = {"virtual_time": self.virtual_time(), "epsilon": self.budget.epsilon()}
+            epsilon = self.budget.epsilon()
+            # Next to no noise gives no epsilon, which JSON could not say either.
+            known = {"virtual_time": self.virtual_time(), "epsilon": None if epsilon is None else finite(epsilon)}
             record = {
                 "round": number,
                 **record,
@@ -117,10 +127,11 @@ class RoundLoop:
 
     def _draw(self, number: int) -> list[int]:
         """Return who is sent a message in this round, and pays for it, whenever the reply comes."""
-        population = list(self.clients)
+        population = list(self.clients if self.population is None else self.population(number))
         if isinstance(self.strategy, Asynchronous):
             return list(self._call(self.strategy.draw, number, population))
-        return self.sampler.draw(number, population)
+        # Of a population of fixed size some places may be nobody's.
+        return [node for node in self.sampler.draw(number, population) if node in self.clients]
 
     def _awaited(self, cohort: Sequence[int]) -> int:
         """Return how many replies the round waits for."""
@@ -140,7 +151,8 @@ class RoundLoop:
             return {}
         number = progress.round
         config = {"server-round": number, "model-version": digest(progress.arrays)}
-        found = evaluate(self.grid, self.clients, record_of(progress.arrays), self.evaluation, config)
+        there = self.clients if self.connected is None else self.connected()
+        found = evaluate(self.grid, there, record_of(progress.arrays), self.evaluation, config)
         if found is None:
             return {}
         progress.histograms, progress.evaluated_round = dict(found.histograms), number
@@ -180,6 +192,19 @@ class RoundLoop:
         kept = {name: checkpoint.progress[name] for name in COUNTED}
         return Progress(round=checkpoint.round, arrays=checkpoint.arrays, **kept)
 
+    def _remember(self) -> Callable[[], None]:
+        """Return what puts strategy and clipping norm back: a round may fail after both have taken it up."""
+        put_back = self._call(remember_strategy, self.strategy)
+        aggregation = self.aggregation
+        norm = aggregation.state_dict() if aggregation is not None else {}
+
+        def all_back() -> None:
+            if aggregation is not None:
+                aggregation.load_state_dict(norm)
+            self._call(put_back)
+
+        return all_back
+
     def _train(
         self, number: int, cohort: Sequence[int], arrays: dict[str, NDArray[np.generic]], layout: Layout
     ) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
@@ -188,10 +213,13 @@ class RoundLoop:
         awaited = self._awaited(cohort)
         if not awaited and self.aggregation is None:
             return arrays, record
-        view = CohortGrid(self.grid, cohort, compression=self.compression)
+        name = type(self.strategy).__name__
+        private = name if self.private or self.aggregation is not None else None
+        view = CohortGrid(self.grid, cohort, compression=self.compression, private=private)
+        shown = view if self.aggregation is None else SealedGrid(view, name)
         # The global `random` is what Flower's strategies draw from; seeded by round, a resumed run draws the same.
         with flower.seeded_random(self.strategy_seed + number):
-            messages = self._configure(number, arrays, view)
+            messages = self._configure(number, arrays, shown)
             fold = self._call(self.strategy.fold) if hasattr(self.strategy, "fold") else None
             if self.aggregation is not None:
                 fold = clipped = self.aggregation.fold(arrays, self.strategy, fold)
@@ -231,7 +259,7 @@ class RoundLoop:
                 record |= {**found, "evaluated": single}
         return arrays, record
 
-    def _configure(self, number: int, arrays: Arrays, view: CohortGrid) -> Iterable[Message]:
+    def _configure(self, number: int, arrays: Arrays, view: RoundGrid) -> Iterable[Message]:
         config = ConfigRecord({"server-round": number, "model-version": digest(arrays)})
         messages = self._call(self.strategy.configure_train, number, record_of(arrays), config, view)
         return list(messages)
@@ -278,6 +306,8 @@ class RoundLoop:
         try:
             return method(*arguments)
         except Exception as error:  # a strategy is the user's code
+            if isinstance(error, BractError) and error.code == "strategy-failed":
+                raise
             self.on_strategy_error(error)
             name = type(self.strategy).__name__
             raise RunError(

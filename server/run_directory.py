@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,21 @@ class RunDirectory:
         if not (path / "manifest.json").is_file():
             raise InputError("run-missing", f"{path}: there is no run of bract here (no manifest.json)")
         return run
+
+    def experiment(self) -> Experiment:
+        """Return the experiment that the run was started with."""
+        folder = Path(str(self.read_json("private/origin.json")["folder"]))
+        return Experiment.load(self.path / "experiment.toml", folder=folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process alone; RunError `run-in-use`: two would draw one noise for two sums."""
+        with os.fdopen(os.open(self.path / "private" / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError("run-in-use", f"{self.path}: another process goes on with this run; end it") from error
+            yield
 
     @property
     def checkpoints(self) -> Path:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..clients.local_model import build_module
+from ..clients.parts import app_module
 from ..core.errors import InputError
 from ..core.parameters import Arrays
-from ..core.plugins import resolve
 from ..experiment import Experiment
 from ..tasks.registry import find_task
-from ..tasks.task import Task, initial_model
+from ..tasks.task import Task
 from .run_directory import RunDirectory
 
 
@@ -25,24 +26,14 @@ def load(run: str | Path, *, task: Task | None = None) -> nn.Module:
     """
     directory = RunDirectory.open(Path(run))
     tensors = directory.load_model()
-    folder = Path(str(directory.read_json("private/origin.json")["folder"]))
-    experiment = Experiment.load(directory.path / "experiment.toml", folder=folder)
-    module = make_module(experiment, task)
+    module = make_module(directory.experiment(), task)
     return load_tensors(module, tensors, directory.path)
 
 
 def make_module(experiment: Experiment, task: Task | None = None) -> nn.Module:
     """Return the experiment's module as a run makes it, with its initial weights."""
     if experiment.clients.app:
-        make = resolve(str(experiment.task.model), folder=experiment.folder, key="task.model")
-        module = initial_model(make, experiment.experiment.seed)
-        if not isinstance(module, nn.Module):
-            raise InputError(
-                "plugin-invalid",
-                f'task.model = "{experiment.task.model}": returned a {type(module).__name__}, not a torch module'
-                f"{experiment.place('task', 'model')}",
-            )
-        return module
+        return app_module(experiment)
     private = experiment.privacy.unit != "none"
     return build_module(task or find_task(experiment), seed=experiment.experiment.seed, private=private)[0]
 
@@ -50,7 +41,12 @@ def make_module(experiment: Experiment, task: Task | None = None) -> nn.Module:
 def load_tensors(module: nn.Module, tensors: Arrays, where: Path) -> nn.Module:
     """Put tensors into a module; raises InputError `run-changed` if they are another model's."""
     try:
-        module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
+        return load_tensors_into(module, tensors).eval()
     except RuntimeError as error:
         raise InputError("run-changed", f"{where}: the model file does not fit the task's model") from error
-    return module.eval()
+
+
+def load_tensors_into(module: nn.Module, tensors: Arrays) -> nn.Module:
+    """Put tensors into a module, which is returned; RuntimeError if they are another model's."""
+    module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()})
+    return module

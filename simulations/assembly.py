@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +10,22 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError
+from ..clients import sequential
+from ..clients.training import LocalTraining
 from ..core.keys import Key
-from ..core.parameters import Layout, digest
+from ..core.parameters import digest
 from ..experiment import Experiment
+from ..server.accounts import Accounts, PopulationAccount, accounts_of
 from ..server.events import Listener
-from ..server.manifest import manifest, refuse_other_software
-from ..server.private_aggregation import PrivateAggregation
+from ..server.manifest import SiteRecords, manifest, origin_of, refuse_changed
+from ..server.plan import Plan, make_plan, refuse_too_few_clients
 from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
-from .accounts import Accounts, PopulationAccount, accounts_of
 from .executors import Executor, InlineExecutor
 from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
-from .plan import Plan, load_clients, make_plan, refuse_too_few_clients
+from .plan import load_clients
 from .recipe import Recipe
 from .shared_data import SharedData
 from .sizing import worker_count
@@ -81,6 +81,7 @@ def assemble(
     else:
         federation = virtual_federation(experiment, task, data, plan, key=key, strategy=strategy)
     refuse_too_few_clients(experiment, strategy, len(federation.names))
+    engine = _dp_engine(experiment, data, plan, federation)
     # Made last: what was refused until here leaves no folder behind.
     directory = existing or RunDirectory.create(cast(Path, free), experiment, secret)
     workers = worker_count(
@@ -116,24 +117,19 @@ def assemble(
         ),
         key=key,
     )
-    _describe(assembly, resumed=existing is not None)
+    _describe(assembly, engine, resumed=existing is not None)
     return assembly
 
 
-def aggregation_of(assembly: Assembly) -> PrivateAggregation | None:
-    """Return the server's mechanism, None where the clients have their own or there is none."""
-    if assembly.plan.aggregate is None:
+def _dp_engine(experiment: Experiment, data: Mapping[str, SiteData], plan: Plan, federation: Federation) -> str | None:
+    """Return which engine computes the clients' clipped gradients; None without record-level privacy."""
+    if federation.local is None or not plan.mechanisms:
         return None
-    secret = assembly.experiment.privacy.randomness == "secret"
-
-    def noise_key() -> Key:
-        return assembly.directory.key("noise_key") if secret else assembly.key.child("correlated")
-
-    layout, key = Layout.of(assembly.federation.initial), assembly.key.child("server")
-    return PrivateAggregation(assembly.plan.aggregate, layout=layout, key=key, noise_key=noise_key)
+    like = next(iter(data.values())).train.inputs[:2]
+    return sequential.dp_engine(federation.local, like, LocalTraining.of(experiment.train, private=True))
 
 
-def _describe(assembly: Assembly, *, resumed: bool) -> None:
+def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
     """Write what the run is made of; a resumed run must be made of the same."""
     directory, experiment, federation = assembly.directory, assembly.experiment, assembly.federation
     description = manifest(
@@ -143,29 +139,21 @@ def _describe(assembly: Assembly, *, resumed: bool) -> None:
         parameters=federation.size,
         clients=len(federation.names),
         classes=assembly.task.classes if assembly.task else (),
-        # Under client-level privacy nothing that is passed on names a client.
-        sites=assembly.data if assembly.plan.aggregate is None else {},
+        # Under client-level privacy nothing that is passed on names a client, or tells how many records it has.
+        sites={
+            name: SiteRecords(train=len(site.train), test=len(site.test))
+            for name, site in ({} if experiment.privacy.unit == "client" else assembly.data).items()
+        },
         mechanisms=assembly.plan.mechanisms,
+        dp_engine=engine,
     )
-    origin = {
-        "folder": str((experiment.folder or Path()).resolve()),
-        "experiment": hashlib.sha256(experiment.to_toml().encode()).hexdigest(),
-        # A digest of private data would let a guess of the data be checked, so it stays in private/.
-        "data": digest(_tensors(assembly.data)),
-        "initial model": digest(federation.initial),
-    }
-    if not resumed:
+    # A digest of private data would let a guess of the data be checked, so it stays in private/.
+    origin = origin_of(experiment, federation.initial) | {"data": digest(_tensors(assembly.data))}
+    if resumed:
+        refuse_changed(directory, description, origin)
+    else:
         directory.write_json("private/origin.json", origin)
         directory.write_json("manifest.json", description)
-        return
-    refuse_other_software(directory.read_json("manifest.json"), description)
-    before = directory.read_json("private/origin.json")
-    for part in ("experiment", "data", "initial model"):
-        if before.get(part) != origin[part]:
-            raise InputError(
-                "run-changed",
-                f"{directory.path}: the {part} changed since the run began; restore what it was, or start a new run",
-            )
 
 
 def _tensors(data: Mapping[str, SiteData]) -> dict[str, NDArray[np.generic]]:

@@ -19,16 +19,16 @@ from ..core.errors import RunError
 from ..core.keys import Key
 from ..core.parameters import Arrays
 from ..experiment import CompressionTable, Experiment, PrivacyTable
+from ..server.accounts import Accounts
 from ..server.cohort import CohortSampler
 from ..server.events import Listener, Phase, PhaseAdvanced
+from ..server.plan import make_plan
 from ..server.progress import Progress, Rules
 from ..server.rounds import RoundLoop
 from ..tasks.task import Examples, SiteData, Task
-from .accounts import Accounts
 from .executors import InlineExecutor
 from .federation import Federation, virtual_federation
 from .grid import VirtualGrid
-from .plan import make_plan
 from .virtual_clock import VirtualClock
 
 # With more sites a table of lone models is no longer read, and costs a run each.

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from ..clients.local_model import build_module
-from ..clients.parts import strategy_of
+from ..clients.parts import local_model, local_rule, strategy_of
 from ..experiment import Experiment
 from ..privacy.mechanism import RecordLevelPlan
+from ..server.plan import Plan, make_plan, refuse_what_is_not_offered
+from ..server.traffic import Traffic, traffic_of
 from ..strategies.compression import Compression
 from ..tasks.registry import find_task
 from ..tasks.task import SiteData
-from .federation import Traffic, flower_federation, local_model, local_rule, remarks_on, traffic_of
-from .plan import Plan, load_clients, make_plan, refuse_what_is_not_offered
+from .federation import flower_federation, remarks_on
+from .plan import load_clients
 from .trials import price, refuse_nothing_to_count
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..core.keys import Key
 from ..experiment import Experiment
+from ..server.plan import Plan
 from ..tasks.registry import find_task
 from ..tasks.task import Task
 from .federation import Federation, flower_federation, virtual_federation
-from .plan import Plan
 from .shared_data import SharedData
 
 

@@ -21,7 +21,7 @@ from ..privacy.ledger.events import DiscreteLaplace
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan
 from ..privacy.selection import RenyiCurve
-from .plan import Plan
+from ..server.plan import Plan
 
 # As for a guarantee's second figure: many unequal sites share the wider interval, which bounds the same truth.
 _FEW = 8

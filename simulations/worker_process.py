@@ -50,13 +50,17 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One call as it comes back: the content that was not folded, or an error, and the client's new state."""
+    """One call as it comes back: the content that was not folded, or an error, and the client's new state.
+
+    `folded_bytes` is the size of the arrays that were folded; None where there is no fold.
+    """
 
     index: int
     content: RecordDict | None
     error: tuple[str, str] | None
     state: dict[str, Any]
     trace: str | None
+    folded_bytes: int | None = None
 
 
 def work(connection: Connection, recipe: Recipe) -> None:
@@ -124,8 +128,9 @@ class Worker:
         reply, trace = answer(
             self._app, Call(client=order.client, message=message, context=context), isolate=self._isolate
         )
+        folded_bytes = None
         if self._fold is not None and self._total is not None:
-            reply = fold_in(self._fold, self._total, message, reply)
+            reply, folded_bytes = fold_in(self._fold, self._total, message, reply)
         error = flower.code_and_sentence(reply.error) if reply.has_error() else None
         return Outcome(
             index=order.index,
@@ -133,6 +138,7 @@ class Worker:
             error=error,
             state=flower.state_to_tree(context.state),
             trace=trace,
+            folded_bytes=folded_bytes,
         )
 
 

@@ -88,7 +88,7 @@ class WorkerPool:
                 while upcoming in exchange.outcomes and (upcoming < last or self._finished(exchange)):
                     total = exchange.total if upcoming == last else None
                     outcome = exchange.outcomes[upcoming]
-                    yield self._arrival(known[upcoming], outcome, folded=fold is not None, total=total)
+                    yield self._arrival(known[upcoming], outcome, total=total)
                     upcoming += 1
         finally:
             # An exchange that is left early must not hand its late replies to the next one.
@@ -207,7 +207,7 @@ class WorkerPool:
         elif total is not None:
             exchange.total.merge(total)
 
-    def _arrival(self, call: Call, outcome: Outcome, *, folded: bool, total: Total | None) -> Arrival:
+    def _arrival(self, call: Call, outcome: Outcome, *, total: Total | None) -> Arrival:
         if outcome.trace:
             self._log(outcome.trace)
         call.context.state = flower.tree_to_state(outcome.state)
@@ -215,7 +215,7 @@ class WorkerPool:
             reply = flower.error_reply(call.message, *outcome.error)
         else:
             reply = Message(outcome.content or RecordDict(), reply_to=call.message)
-        return Arrival(instruction=call.message, reply=reply, folded=folded, total=total)
+        return Arrival(instruction=call.message, reply=reply, folded_bytes=outcome.folded_bytes, total=total)
 
     def _start(self) -> _Worker:
         # forkserver: a fork of this process would copy its threads' locks; spawn would import everything each time.

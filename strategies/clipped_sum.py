@@ -19,7 +19,10 @@ _MARGIN = 1e-9
 
 @dataclass(kw_only=True)
 class ClippedTotal(ExactSum):
-    """Σ clip(Δ_k, C) on a ring, and the sum of the votes: 1 of each client that was not clipped, -1 of the others."""
+    """Σ clip(Δ_k, C) on a ring, and the sum of the votes: 1 of each client that was not clipped, -1 of the others.
+
+    An update of zero has no vote: whoever contributes nothing to the one sum contributes nothing to the other.
+    """
 
     votes: int = 0
 
@@ -34,7 +37,8 @@ class ClippedSum:
     """The fold of model replies into Σ clip(y_k - x, C), with the norm over all tensors together.
 
     Sensitivity: each reply adds integers whose Euclidean norm is at most C / step: the factor min(1, C / |y - x|) is
-    rounded down, and the ring rounds toward zero. An update that is not finite adds nothing. `model` is x, float64.
+    rounded down, and the ring rounds toward zero. An update that is not finite adds nothing, nor do tensors of whole
+    numbers. `model` is x, float64.
     With `weighted_by` and `cap` a reply's update is multiplied by min(1, count / cap) after it was clipped.
     """
 
@@ -53,6 +57,8 @@ class ClippedSum:
         """Add one reply; raises RunError `reply-invalid`, or `value-out-of-range` if it is not finite."""
         delta = self.layout.flatten(arrays_of(only(content, ArrayRecord)))
         delta -= self.model
+        # A count of batches moves far further than C, and would leave nothing of the rest.
+        delta[self.layout.whole] = 0.0
         norm = float(np.linalg.norm(delta))
         within = norm <= self.clipping_norm
         if not within and math.isfinite(norm):
@@ -61,7 +67,7 @@ class ClippedSum:
         delta *= (1 - _MARGIN) * self._share(content)
         total.add(delta)
         if isinstance(total, ClippedTotal):
-            total.votes += 1 if within else -1
+            total.votes += 0 if norm == 0 else 1 if within else -1
 
     def _share(self, content: RecordDict) -> float:
         if self.weighted_by is None or self.cap is None:

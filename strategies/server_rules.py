@@ -101,8 +101,8 @@ class FedAvgM(ServerRule):
 class Adaptive(ServerRule):
     """m ← β₁·m + (1 − β₁)·Δ, x ← x + η·m / (√v + τ); the rules differ in v alone.
 
-    As in Algorithm 2 there is no bias correction. v starts at 0, as Flower's does; the paper's analysis has it start at
-    τ² or more.
+    As in Algorithm 2 there is no bias correction. Other than there, where v starts at τ² or more, it starts at 0, as
+    Flower's does.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ neither: their state is what their attributes hold, as numbers, strings, arrays,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,33 @@ def load_strategy_state(strategy: Any, state: Mapping[str, Any]) -> None:
         return
     for name, value in state.items():
         setattr(strategy, name, _decode(value))
+
+
+def remember_strategy(strategy: Any) -> Callable[[], None]:
+    """Return what puts a strategy's state back to what it is now, for a round to be repeated.
+
+    bract's own strategies put new arrays in the place of old ones and never write into one that they keep, so theirs
+    are held by reference; of any other strategy's arrays a copy is held.
+    """
+    state, known = strategy_state(strategy), set(vars(strategy))
+    if type(strategy).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]:
+        state = _copied(state)
+
+    def put_back() -> None:
+        if not hasattr(strategy, "load_state_dict"):
+            for name in set(vars(strategy)) - known:
+                delattr(strategy, name)
+        load_strategy_state(strategy, state)
+
+    return put_back
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def refuse_unsaveable(strategy: Any) -> None:

@@ -14,15 +14,15 @@ from bract.core import flower
 from bract.core.keys import Key
 from bract.core.parameters import record_of
 from bract.experiment import Experiment
+from bract.server.accounts import Accounts
 from bract.server.cohort import CohortSampler
 from bract.server.evaluation import evaluate
+from bract.server.plan import make_plan
 from bract.server.progress import Progress, Rules
 from bract.server.rounds import RoundLoop
-from bract.simulations.accounts import Accounts
 from bract.simulations.executors import InlineExecutor
 from bract.simulations.federation import Federation, virtual_federation
 from bract.simulations.grid import VirtualGrid
-from bract.simulations.plan import make_plan
 from bract.tasks.classification import Classification
 from bract.tasks.task import Examples, SiteData
 

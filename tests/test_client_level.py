@@ -97,7 +97,15 @@ def test_an_update_within_the_norm_is_not_changed_and_zero_is_fine():
     step = np.full(SIZE, 0.01)
     total, _ = summed(fold, [x + step, x])
     np.testing.assert_allclose(fold.ring.decode(total.total), (x + step).astype(np.float32) - x, rtol=1e-6, atol=1e-12)
-    assert (total.count, total.votes) == (2, 2)
+    assert (total.count, total.votes) == (2, 1)
+
+
+def test_a_client_that_changes_nothing_has_no_vote_so_no_neighbour_moves_the_votes_by_a_whole_client():
+    fold, x = fold_of(aggregation()), LAYOUT.flatten(MODEL)
+    votes = {
+        name: summed(fold, [update])[0].votes for name, update in (("none", x), ("long", x + 9), ("short", x + 0.01))
+    }
+    assert votes == {"none": 0, "long": -1, "short": 1}
 
 
 def test_all_tensors_are_clipped_together_and_scalars_too():
@@ -379,3 +387,14 @@ def test_it_learns(tiny, tmp_path):
     bract.simulate(tiny(**keys, **{"simulation.curves": True}), out=tmp_path / "run")
     curve = [json.loads(line) for line in (tmp_path / "run" / "private" / "curves.jsonl").read_text().splitlines()]
     assert curve[-1]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("noise", [1e-6, 0.1, 0.15])
+def test_next_to_no_noise_ends_in_a_whole_run_that_promises_nothing(tiny, tmp_path, noise):
+    keys = {"privacy.unit": "client", "privacy.noise_multiplier": noise, "experiment.rounds": 1}
+    done = bract.simulate(tiny(**keys), out=tmp_path / "run")
+    assert done.status == "completed"
+    given = done.record["guarantee"]
+    assert given["epsilon"] is None or given["epsilon"] > 40
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "Infinity" not in line

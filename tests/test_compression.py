@@ -23,8 +23,9 @@ from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
 from bract.experiment import CompressionTable
 from bract.privacy.client_level import ClientLevelPlan
+from bract.server.cohort_grid import CohortGrid
 from bract.server.events import ClientFailed, Notice, RoundFinished
-from bract.server.grid import Arrival, CohortGrid, Exchange, RoundGrid, fold_in
+from bract.server.grid import Arrival, Exchange, RoundGrid, fold_in
 from bract.strategies.clipped_sum import ClippedSum
 from bract.strategies.codec import ENCODED, Codec
 from bract.strategies.compression import MEMORY, Compression, Decoding, refuse_unproven
@@ -418,8 +419,8 @@ def test_the_server_clips_what_it_decoded():
     for compression in COMPRESSIONS:
         fold = Decoding(compression=compression, fold=clipped)
         total = fold.start()
-        left = fold_in(fold, total, instruction(), Message(valid(compression), reply_to=instruction()))
-        assert left.has_content()
+        left, size = fold_in(fold, total, instruction(), Message(valid(compression), reply_to=instruction()))
+        assert left.has_content() and size == compression.codec(LAYOUT).nbytes
         norm = np.linalg.norm(clipped.ring.decode(total.total))
         assert 0.49 < norm <= 0.5
 

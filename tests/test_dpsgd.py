@@ -20,7 +20,7 @@ from torch.nn import functional
 from bract.core.errors import RunError
 from bract.core.keys import Key
 from bract.privacy.dpsgd.bookkeeping import BookKeeping, unknown_layer
-from bract.privacy.dpsgd.dpsgd import DPSGD, poisson_batches
+from bract.privacy.dpsgd.dpsgd import DPSGD, StreamOptimizer, poisson_batches
 from bract.privacy.dpsgd.layers import make_private
 from bract.privacy.mechanism import RecordLevelPlan
 
@@ -314,7 +314,7 @@ def test_an_empty_batch_is_noise_alone() -> None:
     quiet = one_step(module, inputs[:0], targets[:0])
     assert norm(quiet) == 0
     noise = torch.cat([t.flatten() for t in one_step(module, inputs[:0], targets[:0], plan)]).double()
-    drawn = torch.from_numpy(KEY.child("noise").stream().normals(len(noise))) * plan.noise_deviation
+    drawn = torch.from_numpy(KEY.child("noise").stream().single_normals(len(noise))).double() * plan.noise_deviation
     assert torch.allclose(noise, drawn, atol=1e-5)
 
 
@@ -345,14 +345,14 @@ def test_l2_and_momentum_act_after_clipping_and_noise() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.2)
     with Engine(module, optimizer, plan=plan, noise=KEY.stream()) as private:
         private.step(inputs[:0], targets[:0], loss)
-        first = torch.from_numpy(KEY.stream().normals(15)[:12]).float().view(3, 4)
+        first = torch.from_numpy(KEY.stream().single_normals(15)[:12]).float().view(3, 4)
         gradient = first * plan.noise_deviation / plan.expected_batch + 0.2 * weight
         assert torch.allclose(module.weight, weight - 0.1 * gradient, atol=1e-5)
         private.step(inputs[:0], targets[:0], loss)
     buffer = optimizer.state[module.weight]["momentum_buffer"]
     second = Key.from_seed(11).stream()
-    second.normals(15)
-    noise = torch.from_numpy(second.normals(15)[:12]).float().view(3, 4)
+    second.single_normals(15)
+    noise = torch.from_numpy(second.single_normals(15)[:12]).float().view(3, 4)
     now = weight - 0.1 * gradient
     expected = 0.9 * gradient + noise * plan.noise_deviation / plan.expected_batch + 0.2 * now
     assert torch.allclose(buffer, expected, atol=1e-4)
@@ -510,11 +510,69 @@ def test_other_optimizers_read_the_noised_gradient(optimizer: type[torch.optim.O
     plain = optimizer(twin.parameters(), lr=0.1)  # type: ignore[call-arg]
     with Engine(module, optimizer(module.parameters(), lr=0.1), plan=plan, noise=KEY.stream()) as private:  # type: ignore[call-arg]
         private.step(inputs[:0], targets[:0], loss)
-    noise = torch.from_numpy(KEY.stream().normals(15)).float() * plan.noise_deviation / plan.expected_batch
+    noise = torch.from_numpy(KEY.stream().single_normals(15)).float() * plan.noise_deviation / plan.expected_batch
     twin.weight.grad, twin.bias.grad = noise[:12].view(3, 4), noise[12:]
     plain.step()
     assert torch.allclose(module.weight, twin.weight, atol=1e-6)
     assert torch.allclose(module.bias, twin.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_parameters_of_other_types_get_noise_of_their_own(dtype: torch.dtype) -> None:
+    """Float64 is drawn in float64; narrower types are summed in float32, and rounded once at the end."""
+    plan = replace(PLAN, noise_multiplier=1.0)
+    module = nn.Linear(4, 3).to(dtype)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    seen: list[Tensor] = []
+    see = lambda: seen.extend(p.grad.clone() for p in module.parameters() if p.grad is not None)  # noqa: E731
+    with Engine(module, optimizer, plan=plan, noise=KEY.stream(), correct=see) as private:
+        private.step(torch.zeros(0, 4, dtype=dtype), torch.zeros(0), loss)
+    stream = KEY.stream()
+    drawn = stream.normals(15) if dtype == torch.float64 else stream.single_normals(15)
+    expected = torch.from_numpy(drawn) * plan.noise_deviation / plan.expected_batch
+    found = torch.cat([each.flatten() for each in seen])
+    assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
+
+
+def test_parameters_of_two_types_get_independent_noise() -> None:
+    plan = replace(PLAN, noise_multiplier=1.0)
+    parameters = [nn.Parameter(torch.zeros(5000, dtype=dtype)) for dtype in (torch.float32, torch.float64) * 2]
+    optimizer = StreamOptimizer(torch.optim.SGD(parameters, lr=1.0), plan=plan, noise=KEY.stream())
+    optimizer.pre_step()
+    grads = np.stack([p.grad.double().numpy() for p in parameters if p.grad is not None])
+    assert len(grads) == 4 and np.abs(grads).min() > 0
+    assert np.abs(np.corrcoef(grads) - np.eye(4)).max() < 4.5 / math.sqrt(5000)
+    scale = plan.noise_deviation / plan.expected_batch
+    assert np.abs(grads.std(axis=1) / scale - 1).max() < 4.5 / math.sqrt(10_000)
+
+
+def test_a_large_model_s_noise_is_the_stream_s_from_end_to_end() -> None:
+    plan = replace(PLAN, noise_multiplier=1.0)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((300, 300), (7,), (40_000,))]
+    optimizer = StreamOptimizer(torch.optim.SGD(parameters, lr=1.0), plan=plan, noise=KEY.stream())
+    for p in parameters:
+        p.summed_grad = torch.ones_like(p)  # type: ignore[attr-defined]
+    optimizer.pre_step()
+    found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    drawn = torch.from_numpy(KEY.stream().single_normals(130_007))
+    torch.testing.assert_close(found, (1 + drawn * plan.noise_deviation) / plan.expected_batch)
+
+
+def test_a_step_s_noise_does_not_stay_in_the_next_step_s() -> None:
+    """The sum's memory is used again: what the loss does not reach must be zero before the noise."""
+    module = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
+    module.forward = lambda inputs: module["used"](inputs)  # type: ignore[method-assign]
+    plan = replace(PLAN, noise_multiplier=1.0)
+    optimizer = StreamOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), plan=plan, noise=KEY.stream())
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.pre_step()
+        found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).clone())
+    stream = KEY.stream()
+    for each in found:
+        expected = torch.from_numpy(stream.single_normals(21)) * plan.noise_deviation / plan.expected_batch
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

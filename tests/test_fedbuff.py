@@ -16,13 +16,14 @@ from bract.core.errors import RunError
 from bract.core.keys import Key
 from bract.core.parameters import arrays_of, digest, record_of
 from bract.server import checkpoint as checkpoints
+from bract.server.accounts import Accounts
 from bract.server.checkpoint import Checkpoint
 from bract.server.cohort import CohortSampler
+from bract.server.cohort_grid import CohortGrid
 from bract.server.events import ClientReplied, Notice, RoundFinished, RoundStarted
-from bract.server.grid import CohortGrid, FlowerGrid
+from bract.server.grid import FlowerGrid
 from bract.server.progress import Progress, Rules
 from bract.server.rounds import RoundLoop
-from bract.simulations.accounts import Accounts
 from bract.simulations.executors import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.fedavg import FedAvg

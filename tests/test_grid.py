@@ -11,7 +11,8 @@ from bract.core import flower
 from bract.core.errors import CATALOGUE
 from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
-from bract.server.grid import CohortGrid, FlowerGrid
+from bract.server.cohort_grid import CohortGrid
+from bract.server.grid import FlowerGrid
 from bract.simulations.executors import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.fold import WeightedSum
@@ -148,3 +149,22 @@ def test_an_isolated_app_that_changes_its_message_changes_nobody_elses():
     records = [next(iter(reply.content.array_records.values())) for reply in replies]
     assert all(isinstance(record, ArrayRecord) for record in records)
     assert len({id(record) for record in records}) == 4, "each reply must own its arrays"
+
+
+@pytest.mark.parametrize("fold_of", [None, fold], ids=["whole", "folded"])
+def test_bytes_are_counted_as_they_came_and_nothing_is_put_into_a_reply(fold_of):
+    """Also not for a while: a client may call a record of its own what it likes."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        own = {"folded": ConfigRecord({"bytes": 10**9}), "metrics": MetricRecord({"loss": 0.5})}
+        return Message(RecordDict({"a": record_of({"w": np.ones(2, np.float32)}), **own}), reply_to=message)
+
+    grid = VirtualGrid(InlineExecutor(app, log=print, isolate=True), NAMES)
+    exchange = grid.exchange(messages(grid), fold=fold_of() if fold_of else None)
+    replies = list(exchange)
+    assert exchange.bytes_up == 4 * 8
+    for reply in replies:
+        assert set(reply.content) == {"folded", "metrics"} | (set() if fold_of else {"a"})
+        assert reply.content["folded"]["bytes"] == 10**9

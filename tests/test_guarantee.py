@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bract.privacy.client_guarantee import local_privacy
 from bract.privacy.guarantee import Guarantee, no_privacy, record_level, rounded_up
+from bract.privacy.local import LocalPlan
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.privacy.release import EvaluationPlan
 
@@ -93,6 +95,21 @@ def test_what_is_left_out_is_listed() -> None:
     assert guarantee.excludes[-1] == "the curves in private/"
     with pytest.raises(ValueError, match="excludes"):
         replace(guarantee, excludes=())
+
+
+def test_where_ledgers_add_runs_up_other_runs_are_not_left_out() -> None:
+    local = LocalPlan(participations=20, noise_multiplier=20.0, clipping_norm=1.0, delta=1e-5, coordinates=10)
+    for guarantee in (
+        record_level({"A": PLAN}, {"A": 20}, place="federation", excludes_extra=("the curves",)),
+        replace(local_privacy(local, 20, place="federation"), record=record_level({"A": PLAN}, {"A": 20})),
+    ):
+        bounded = guarantee.under_ledgers()
+        assert not any("this run alone" in each or "other runs" in each for each in bounded.excludes)
+        assert bounded.excludes == tuple(each for each in guarantee.excludes if "this run alone" not in each)
+        assert bounded.record is None or not any("this run alone" in each for each in bounded.record.excludes)
+        # Nothing else of it changes: the figure is still that of the run.
+        assert bounded.sentence == guarantee.sentence and bounded.epsilon == guarantee.epsilon
+    assert no_privacy(place="federation").under_ledgers() == no_privacy(place="federation")
 
 
 def test_a_guarantee_cannot_contradict_itself() -> None:

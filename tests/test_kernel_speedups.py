@@ -12,6 +12,7 @@ from torch import nn
 
 from bract.clients.memory_format import prefers_channels_last
 from bract.clients.sgd import SGD
+from bract.clients.training import reproducible
 from bract.core.parameters import arrays_of, record_of
 
 
@@ -85,3 +86,15 @@ def test_a_record_survives_a_pipe():
     record = pickle.loads(pickle.dumps(record_of({"w": np.ones(3), "b": np.array(2, np.int64)})))
     assert isinstance(record, ArrayRecord)
     assert {name: array.tolist() for name, array in arrays_of(record).items()} == {"w": [1.0, 1.0, 1.0], "b": 2}
+
+
+def test_what_makes_training_reproducible_is_put_back():
+    def settings():
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), fill
+
+    before = settings()
+    with pytest.raises(RuntimeError, match="stop"), reproducible():
+        assert settings() == (1, True, False)
+        raise RuntimeError("stop")
+    assert settings() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -114,3 +115,79 @@ def test_below_takes_big_numbers_and_no_empty_range() -> None:
     assert 0 <= KEY.stream().below(10**100) < 10**100
     with pytest.raises(ValueError, match="at least 1"):
         KEY.stream().below(0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 2**15, 2**15 + 1, 70_001])
+def test_single_normals_have_any_length(count: int) -> None:
+    normals = KEY.stream().single_normals(count)
+    assert normals.shape == (count,) and normals.dtype == np.float32
+    assert np.isfinite(normals).all()
+    # Of 70,001 float32 numbers some are equal by chance, about one pair in 10^7.
+    assert len(np.unique(normals)) >= 0.99 * count
+
+
+def test_single_normals_are_box_and_muller_s_of_the_stream() -> None:
+    """The pairs' 64-bit words come first, then their angles; a second call goes on where the first ended."""
+    count = 2**15 + 5
+    stream, raw = KEY.stream(), KEY.stream()
+    found = np.concatenate([stream.single_normals(count), stream.single_normals(7)])
+    expected = []
+    for size in (2**15, 5, 7):
+        pairs = -(-size // 2)
+        words = np.frombuffer(raw.bytes(8 * pairs), "<i8").astype(np.float64)
+        turns = np.frombuffer(raw.bytes(4 * pairs), "<i4").astype(np.float64)
+        radius, angle = np.sqrt(-2 * np.log(np.abs(words) / 2**63)), np.pi * turns / 2**31
+        expected.append(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size])
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_single_normals_of_a_seed_never_change() -> None:
+    # As those above: a run resumes with the same noise only if they stay.
+    assert KEY.stream().single_normals(3) == pytest.approx([0.91435331, 0.40503910, -0.89464760], rel=1e-5)
+
+
+def test_single_normals_are_normal_and_independent_within_and_across_blocks() -> None:
+    count = 2_000_000
+    normals = KEY.stream().single_normals(count).astype(np.float64)
+    assert stats.kstest(normals, "norm").pvalue > 1e-3
+    for power, moment, square in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105)):
+        deviation = math.sqrt((square - moment**2) / count)
+        assert abs((normals**power).mean() - moment) < 4.5 * deviation
+    for bound in (3.0, 4.0, 4.5):
+        rate = 2 * stats.norm.sf(bound)
+        assert abs((np.abs(normals) > bound).mean() - rate) < 4.5 * math.sqrt(rate / count)
+    for lag in (1, 2**14, 2**15):
+        for values in (normals, normals**2):
+            assert abs(np.corrcoef(values[lag:], values[:-lag])[0, 1]) < 4.5 / math.sqrt(count - lag)
+
+
+class Words:
+    """A cipher that gives the same signed word to all pairs, and angles of zero: cosines 1."""
+
+    def __init__(self, word: int) -> None:
+        self._word = word
+
+    def update_into(self, zeros: memoryview, raw: bytearray) -> None:
+        pairs = len(zeros) // 12
+        raw[: 12 * pairs] = self._word.to_bytes(8, "little", signed=True) * pairs + bytes(4 * pairs)
+
+
+@pytest.mark.parametrize("word", [0, 1, -1, 2, -3, 2**20, 2**40 + 1, -(2**62), 2**63 - 1, -(2**63)])
+def test_the_tails_of_single_normals_are_those_of_64_bits(word: int) -> None:
+    stream = KEY.stream()
+    stream._cipher = Words(word)  # type: ignore[assignment]
+    cosine, sine = stream.single_normals(2)
+    # 0 stands for √½, so that it is no infinity.
+    assert cosine == pytest.approx(math.sqrt(-2 * math.log(max(abs(word), 0.5**0.5) / 2**63)), abs=1e-3, rel=0.003)
+    assert sine == 0 and (abs(word) > 1 or cosine > 9.3)
+
+
+def test_single_normals_do_not_depend_on_threads_or_other_streams() -> None:
+    expected = [KEY.child(number).stream().single_normals(50_000) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: KEY.child(number).stream().single_normals(50_000), range(4)))
+    for one, other in zip(expected, found, strict=True):
+        assert one.tobytes() == other.tobytes()
+    for first in range(4):
+        for second in range(first):
+            assert abs(np.corrcoef(expected[first], expected[second])[0, 1]) < 4.5 / math.sqrt(50_000)

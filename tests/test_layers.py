@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bract.clients.training import LocalTraining
 from bract.core.errors import InputError
+from bract.core.keys import Key
+from bract.privacy.dpsgd.bookkeeping import BookKeeping, supports
+from bract.privacy.dpsgd.dpsgd import DPSGD
 from bract.privacy.dpsgd.layers import make_private
+from bract.privacy.mechanism import RecordLevelPlan
 
 
 def frozen(layer: nn.Module) -> nn.Module:
@@ -111,6 +117,9 @@ def test_what_opacus_can_replace_is_replaced_aloud(layer: nn.Module) -> None:
         (nn.BatchNorm1d(1), "layer 1 (BatchNorm1d)"),
         (nn.LazyBatchNorm1d(), "layer 1 (LazyBatchNorm1d)"),
         (nn.EmbeddingBag(3, 3), "layer 1 (EmbeddingBag)"),
+        (nn.Embedding(3, 3, max_norm=1.0), "layer 1 (Embedding)"),
+        (frozen(nn.Embedding(3, 3, max_norm=1.0)), "layer 1 (Embedding)"),
+        (nn.Embedding(3, 3, scale_grad_by_freq=True), "layer 1 (Embedding)"),
     ],
 )
 def test_what_cannot_be_private_is_refused_by_name(layer: nn.Module, named: str) -> None:
@@ -134,3 +143,69 @@ def test_a_private_model_is_left_alone() -> None:
     assert notes == []
     assert list(private.state_dict()) == list(model.state_dict())
     assert not private[0].weight.requires_grad
+
+
+class Words(nn.Module):
+    """A text model of the usual kind: a padding word, a recurrent layer, a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.read, self.out = (
+            nn.Embedding(7, 4, padding_idx=3),
+            nn.LSTM(4, 5, batch_first=True),
+            nn.Linear(5, 2),
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.out(self.read(self.words(inputs))[0][:, -1])
+
+
+TEXT = torch.tensor([[3, 1, 2], [0, 3, 3], [6, 6, 5], [4, 3, 4]])
+PADDED = {
+    **{
+        f"{kind.__name__} {mode}": (partial(kind, 2, 3, 3, padding=2, padding_mode=mode), torch.ones(4, 2, *[5] * size))
+        for size, kind in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d))
+        for mode in ("zeros", "circular", "reflect", "replicate")
+    },
+    "a padding word": (lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=3), nn.Linear(4, 2)), TEXT),
+    "a padding word before an LSTM": (Words, TEXT),
+}
+
+
+@pytest.mark.parametrize("engine", ["opacus", "bookkeeping"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_gives_the_clipped_sum_of_autograd_one_record_at_a_time(name: str, engine: str) -> None:
+    make, like = PADDED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = make_private(make())[0]
+        inputs = like if like.dtype == torch.int64 else torch.randn_like(like)
+    parameters = list(module.parameters())
+    singly = []
+    for one in inputs.split(1):
+        gradients = torch.autograd.grad(squares(module(one), None).sum(), parameters)
+        singly.append(torch.cat([each.flatten() for each in gradients]))
+    clipping_norm = float(torch.stack([each.norm() for each in singly]).median())
+    whole = sum(each * min(1.0, clipping_norm / float(each.norm())) for each in singly)
+    plan = RecordLevelPlan(
+        records=4, batch_size=4, epochs=1, rounds=1, clipping_norm=clipping_norm, noise_multiplier=0.0, delta=0.5
+    )
+    before = torch.cat([each.detach().flatten() for each in parameters]).clone()
+    kept = set(vars(next(module.modules())))
+    if engine == "bookkeeping":
+        if not supports(module, inputs):
+            assert name.startswith("Conv3d") or name.endswith("LSTM"), "book-keeping knows this layer"
+            return
+        optimizer = LocalTraining(learning_rate=1.0, momentum=0.0).make_optimizer(module.parameters())
+        private = BookKeeping(module, optimizer, plan=plan, noise=Key.from_seed(1).stream())
+    else:
+        private = DPSGD(module, torch.optim.SGD(parameters, lr=1.0), plan=plan, noise=Key.from_seed(1).stream())
+    with private as training:
+        training.step(inputs, torch.zeros(4), squares)
+    moved = before - torch.cat([each.detach().flatten() for each in parameters])
+    assert torch.allclose(moved * 4, whole, atol=2e-5 * float(whole.abs().max()))
+    assert set(vars(next(module.modules()))) == kept
+
+
+def squares(outputs: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    return (outputs**2).flatten(1).sum(1)

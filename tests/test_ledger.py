@@ -242,8 +242,8 @@ def test_what_a_killed_process_left_in_the_log_is_wiped_when_the_ledger_is_opene
     program = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from bract.privacy import store
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger import store
+from bract.privacy.ledger.ledger import Ledger
 from pathlib import Path
 from test_ledger import BUDGET, request
 ledger = Ledger.open(Path({str(state)!r}))
@@ -388,7 +388,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from bract.core.errors import Refusal
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.ledger import Ledger
 from test_ledger import request
 name, count = sys.argv[2], 0
 with Ledger.open(Path(sys.argv[1])) as ledger:
@@ -768,9 +768,9 @@ def test_a_ledger_imports_nothing_heavy_for_pure_events(state: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from bract.privacy.book import DataSetBudget, Request
-from bract.privacy.events import DiscreteLaplace, Planned, RunPlan
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.book import DataSetBudget, Request
+from bract.privacy.ledger.events import DiscreteLaplace, Planned, RunPlan
+from bract.privacy.ledger.ledger import Ledger
 event = DiscreteLaplace(epsilon=0.1, relation="zero-out")
 plan = RunPlan(digest="", events=(Planned(phase="train", event=event, times=5),))
 with Ledger.open(Path({str(state)!r})) as ledger:

@@ -23,9 +23,9 @@ NURSERY = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 from bract.core.errors import Refusal
-from bract.privacy.book import DataSetBudget, Request
-from bract.privacy.events import DiscreteLaplace, Planned, RunPlan
-from bract.privacy.ledger import Ledger
+from bract.privacy.ledger.book import DataSetBudget, Request
+from bract.privacy.ledger.events import DiscreteLaplace, Planned, RunPlan
+from bract.privacy.ledger.ledger import Ledger
 
 state, kills = Path(sys.argv[1]), int(sys.argv[2])
 event = DiscreteLaplace(epsilon=0.01, relation="zero-out")

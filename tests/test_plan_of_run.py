@@ -1,4 +1,4 @@
-"""simulations/plan.py: mechanisms for a handful of sites exactly, for many by classes that bound them."""
+"""server/plan.py: mechanisms for a handful of sites exactly, for many by classes that bound them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bract.core.errors import InputError
 from bract.privacy.mechanism import RecordLevelPlan
-from bract.simulations.plan import MOST_SIZES, make_plan, planned_releases, size_classes
+from bract.server.plan import MOST_SIZES, make_plan, planned_releases, size_classes
 
 
 @given(st.sets(st.integers(1, 5000), min_size=1, max_size=200), st.integers(1, 256))
@@ -50,7 +50,7 @@ def test_a_class_must_enclose_its_site():
 
 
 def test_many_sites_are_calibrated_within_the_target(tiny, monkeypatch):
-    monkeypatch.setattr("bract.simulations.plan.MOST_SIZES", 5)
+    monkeypatch.setattr("bract.server.plan.MOST_SIZES", 5)
     sizes = np.random.default_rng(0).integers(20, 120, 60)
     experiment = tiny(**{"privacy.unit": "record", "privacy.epsilon": 3.0, "train.batch_size": 20})
     planned = make_plan(experiment, {f"c{index}": int(size) for index, size in enumerate(sizes)}, 2, lambda event: None)

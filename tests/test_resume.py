@@ -12,6 +12,7 @@ import time
 import pytest
 
 import bract
+from bract.clients import sequential
 from bract.core.errors import InputError
 from bract.server.events import RoundFinished
 
@@ -191,6 +192,32 @@ def test_other_software_is_refused(tiny, tmp_path):
     with pytest.raises(InputError) as caught:
         bract.simulate(resume=tmp_path / "run")
     assert caught.value.code == "run-changed" and "torch 1.0" in caught.value.sentence
+
+
+def test_another_engine_is_refused(tiny, tmp_path, monkeypatch):
+    """It rounds otherwise, and the same noise over other sums would reveal their difference."""
+    out = tmp_path / "run"
+    bract.simulate(tiny(**SECRET), out=out, listeners=[InterruptAfter(2)])
+    assert json.loads((out / "manifest.json").read_text())["dp_engine"] == "bookkeeping"
+    # As if the task's code now had a layer that book-keeping does not know.
+    monkeypatch.setattr(sequential, "supports", lambda module, like: False)
+    with pytest.raises(InputError) as caught:
+        bract.simulate(resume=out)
+    assert caught.value.code == "run-changed"
+    assert caught.value.sentence.startswith('train.dp_engine: the run began with "bookkeeping"')
+    assert '"opacus"' in caught.value.sentence
+
+
+def test_an_engine_that_does_not_fit_leaves_no_run_behind(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sequential, "supports", lambda module, like: False)
+    with pytest.raises(InputError) as caught:
+        bract.simulate(tiny(**SECRET, **{"train.dp_engine": "bookkeeping"}), out=tmp_path / "run")
+    assert caught.value.code == "model-not-private" and not (tmp_path / "run").exists()
+
+
+def test_without_record_level_privacy_there_is_no_engine(tiny, tmp_path):
+    bract.simulate(tiny(), out=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["dp_engine"] is None
 
 
 def test_no_run_no_resume(tmp_path):

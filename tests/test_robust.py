@@ -18,7 +18,7 @@ from bract.core import flower
 from bract.core.errors import InputError
 from bract.core.parameters import arrays_of, record_of
 from bract.server.events import Notice
-from bract.simulations.plan import refuse_what_is_not_offered
+from bract.server.plan import refuse_what_is_not_offered
 from bract.strategies.coordinatewise import FedMedian, FedTrimmedAvg
 from bract.strategies.fedavg import FedAvg
 from bract.strategies.geometric_median import GeometricMedian

@@ -27,8 +27,8 @@ from bract.privacy.mechanism import RecordLevelPlan
 from bract.privacy.release import EvaluationPlan
 from bract.privacy.selection import RenyiCurve, Repetitions, choose, gaussian_run, pure_run, selected
 from bract.reports.plan import print_plan
+from bract.server.plan import Plan
 from bract.simulations.description import describe
-from bract.simulations.plan import Plan
 from bract.simulations.trials import price
 
 DELTA = 1e-5

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -237,7 +239,7 @@ def test_a_site_trains_and_evaluates_and_releases_what_its_mechanisms_cover(owne
         model = model_of(site)
         reply = site.handle(message_of(model), progress=told.append)
         assert set(reply.content) == {"arrays", "metrics"}
-        assert dict(reply.content["metrics"]) == {"num-examples": 60}
+        assert dict(reply.content["metrics"]) == {"num-examples": 1}
         assert {name: array.shape for name, array in update_of(reply).items()} == {"weight": (1, 201), "bias": (1,)}
         assert told == [Progress(stage="reserved", steps=4), Progress(stage="committed", steps=4)]
         measured = site.handle(message_of(model, "e1", phase="evaluate"))
@@ -473,7 +475,7 @@ def trained(owner: Owner, key: Key, *, run: RunRequest, noise: float = 0.0) -> n
     context = Context(run_id=1, node_id=1, node_config={"name": "heart-9"}, state=RecordDict(), run_config={})
     mechanisms = Mechanisms(training=plan, local=None, evaluation=None, events={}, plan=None)
     reply = built.work.answer(message, context, request, mechanisms, key)
-    assert dict(reply.content["metrics"]) == {"num-examples": owner.data["records"]}
+    assert dict(reply.content["metrics"]) == {"num-examples": 1}
     return layout.flatten(update_of(reply))
 
 
@@ -517,7 +519,7 @@ def test_a_row_without_a_target_is_neither_an_error_nor_a_count(owner: Owner) ->
     path.write_text(path.read_text() + "\n33.3,w1\nbroken,w2,,,,\n44,w3,\n")
     with owner.open() as site:
         assert site.hello() | {"ledger": None} == hello | {"ledger": None}
-        assert dict(site.handle(message_of(model_of(site))).content["metrics"]) == {"num-examples": 60}
+        assert dict(site.handle(message_of(model_of(site))).content["metrics"]) == {"num-examples": 1}
 
 
 def test_a_spent_budget_ends_the_run_with_a_sentence_and_exit_status_3(owner: Owner) -> None:
@@ -721,7 +723,7 @@ def test_an_apps_update_is_clipped_and_noised_once_a_message(owner: Owner) -> No
         model = model_of(site)
         reply = site.handle(message_of(model, run=run))
         assert set(reply.content) == {"arrays", "metrics"}
-        assert dict(reply.content["metrics"]) == {"num-examples": 60}
+        assert dict(reply.content["metrics"]) == {"num-examples": 1}
         assert code_of(site.handle(message_of(model, "e", phase="evaluate", run=run))) == "metrics-withheld"
     update = update_of(reply)
     # Ten was added everywhere: a counter of batches is no number that noise covers, and stays as it came.
@@ -884,3 +886,79 @@ def test_a_model_that_takes_no_record_of_zeros_is_refused(owner: Owner) -> None:
     (owner.folder / "own.py").write_text(OWN.replace("== 7.0", "== 0.0"))
     with pytest.raises(InputError, match="cannot take a record of zeros"):
         owner.open()
+
+
+# One process at a time on a state directory.
+
+
+def opened_elsewhere(owner: Owner, then: str) -> subprocess.Popen[str]:
+    """Start a process that opens the owner's site, says so, and goes on with `then`."""
+    program = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from bract.core import flower
+from bract.core.errors import Refusal
+from test_site import Owner
+flower.identify_process(1)
+owner = Owner.__new__(Owner)
+owner.__dict__ |= {owner.__dict__!r}
+try:
+    site = owner.open()
+    print("open", flush=True)
+except Refusal as error:
+    print(error.code, error.sentence, flush=True)
+{then}
+"""
+    program = program.replace(repr(owner.folder), f"Path({str(owner.folder)!r})")
+    program = program.replace(repr(owner.state), f"Path({str(owner.state)!r})")
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
+
+
+def test_two_processes_are_not_at_work_in_one_state_directory(owner: Owner) -> None:
+    with owner.open() as site:
+        second = opened_elsewhere(owner, "")
+        said = second.communicate(timeout=60)[0]
+        assert said.startswith("ledger-unwritable STATE = ") and "another bract client is at work in it" in said
+        # Nor two in one process; and reading what is spent needs no lock.
+        with pytest.raises(Refusal, match="another bract client"):
+            owner.open()
+        assert owner.spending().reservations == 0
+        assert site.handle(message_of(model_of(site))).has_content()
+    assert stat.S_IMODE((owner.state / "site.lock").stat().st_mode) == 0o600
+    owner.open().close()
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(1)"])
+def test_a_process_that_dies_lets_the_next_one_in(owner: Owner, end: str) -> None:
+    owner.open().close()
+    # A program that it started, and that goes on after it, does not hold the lock.
+    program = f"""
+import subprocess
+left = subprocess.Popen(["sleep", "30"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+print(left.pid, flush=True)
+sys.stdin.readline()
+{end}
+"""
+    first = opened_elsewhere(owner, program)
+    assert first.stdout is not None and first.stdin is not None
+    assert first.stdout.readline() == "open\n"
+    left = int(first.stdout.readline())
+    with pytest.raises(Refusal, match="another bract client"):
+        owner.open()
+    first.stdin.write("die\n")
+    first.stdin.close()
+    first.wait(20)
+    os.kill(left, 0)
+    with owner.open() as site:
+        assert site.handle(message_of(model_of(site))).has_content()
+    os.kill(left, signal.SIGKILL)
+
+
+def test_a_site_that_could_not_be_opened_holds_nothing(owner: Owner) -> None:
+    records, owner.data["records"] = owner.data["records"], 3
+    with pytest.raises(Refusal, match="records = 3"):
+        owner.open()
+    owner.data["records"] = records
+    owner.open().close()

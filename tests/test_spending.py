@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from functools import cache
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -299,3 +300,69 @@ def test_a_plan_holds_only_its_own_events_and_reads_back() -> None:
     assert not plan.holds("evaluate", EVENTS[0])
     assert not plan.holds("train", EVENTS[1])
     assert RunPlan.from_dict(json.loads(canonical(plan.to_dict()))) == plan
+
+
+EXTREMES: tuple[Event, ...] = (
+    *(gaussian(sigma, steps) for sigma in (0.0, 5e-324, 1e-300, 1e-5, 1e300) for steps in (1, 2**40)),
+    *(
+        sampled(q, sigma, steps, relation)
+        for q, sigma in ((1e-300, 1e-300), (1e-300, 1e300), (1e-9, 1e-300), (0.5, 1e-300), (0.5, 1e300), (1.0, 1e-300))
+        for steps, relation in ((1, "zero-out"), (2**40, "zero-out"), (2**40, "replace-one"))
+    ),
+    laplace(1e308, "replace-one"),
+    claimed(1e308),
+)
+
+
+@pytest.mark.parametrize("event", EXTREMES, ids=str)
+@pytest.mark.parametrize("delta", [DELTA, 5e-324])
+def test_no_event_is_too_extreme_to_be_counted(event: Event, delta: float) -> None:
+    """A small or a large number that floats cannot square is no way past the ledger, nor to end it."""
+    few, many = {event: 1}, {event: 2**40}
+    figures = [spent(each, first, epsilon=3.0, delta=delta).epsilon for each in (few, many) for first in (each, {})]
+    assert not any(math.isnan(each) or each < 0 for each in figures)
+    assert figures[0] <= figures[2]
+    for each in (few, many):
+        assert fits(each, each, epsilon=3.0, delta=delta) == (spent(each, each, epsilon=3.0, delta=delta).epsilon <= 3)
+    if not isinstance(event, DiscreteLaplace | Claimed) and event.noise_multiplier < 1e-3:
+        assert min(figures) > 1e3
+
+
+SLOW = ((1e-9, 1.0), (1e-4, 5.0), (1e-4, 1e6), (1e-3, 20.0), (0.01, 20.0), (0.5, 1e3), (0.99, 1e3))
+
+
+@pytest.mark.parametrize(("q", "sigma"), SLOW)
+def test_ten_million_steps_are_counted_in_a_second_and_the_figure_says_how(q: float, sigma: float) -> None:
+    accounting.epsilon(sampling_rate=0.5, noise_multiplier=5.0, steps=1, delta=DELTA)
+    started = process_time()
+    event = sampled(q, sigma, 10)
+    found = spent({event: 10**6}, {event: 10**6}, epsilon=3.0, delta=DELTA)
+    fits({event: 10**6 + 1}, {event: 10**6}, epsilon=3.0, delta=DELTA)
+    assert process_time() - started < 2
+    assert found.method in ("RDP", "closed form")
+    # Fewer steps, counted by their distribution, cost less.
+    assert composed({event: 10**4}, DELTA).epsilon <= found.epsilon
+
+
+def test_what_a_plan_can_ask_at_most_is_counted_in_seconds() -> None:
+    """The longest distributions, several of them, where the filter decides and shares of delta are tried."""
+    events = {sampled(0.5, 50.0 + place, 1): 90_000 for place in range(DISTINCT)}
+    started = process_time()
+    spent(Counter(events) + Counter({gaussian(30.0): 1}), events, epsilon=3.0, delta=DELTA)
+    spent(events, events, epsilon=30.0, delta=DELTA)
+    assert process_time() - started < 10
+
+
+@pytest.mark.parametrize("sigma", [1e2, 1e4, 1e5, 1e6, 1e7])
+@pytest.mark.parametrize("q", [1e-9, 1e-3, 0.1, 0.5, 0.999])
+def test_no_cost_of_a_step_is_rounded_below_the_truth(q: float, sigma: float) -> None:
+    """At order 2 it is log(1 + q² (exp(1/σ²) − 1)), here without a sum of numbers near 1; many steps would tell."""
+    exact = 2**40 * math.log1p(q**2 * math.expm1(sigma**-2))
+    assert renyi_costs({sampled(q, sigma, 1): 2**40})[0] >= exact * (1 - 1e-12)
+    assert renyi_costs({sampled(q, sigma, 2**40): 1})[0] >= exact * (1 - 1e-12)
+
+
+def test_sums_beyond_the_largest_float_are_infinite() -> None:
+    for events in ({claimed(1e308): 1, claimed(1.1e308): 1}, {laplace(1e308): 1, laplace(1.1e308): 1}):
+        assert spent(events, events, epsilon=3.0, delta=DELTA).epsilon == math.inf
+        assert not fits(events, events, epsilon=3.0, delta=DELTA)

@@ -62,6 +62,9 @@ def test_one_two_and_three_processes_give_the_same_bytes(tiny, tmp_path, keys):
     ]
     assert len({result.model_sha256 for result in results}) == 1
     assert len({json.dumps(result.record["released"]) for result in results}) == 1
+    lines = [(tmp_path / str(count) / "metrics.jsonl").read_text().splitlines() for count in (1, 2, 3)]
+    sent = [[(json.loads(line)["bytes_up"], json.loads(line)["bytes_down"]) for line in each] for each in lines]
+    assert sent[0] == sent[1] == sent[2] and sum(up for up, _ in sent[0]) > 0
     assert results[0].guarantee == results[1].guarantee == results[2].guarantee
 
 

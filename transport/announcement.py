@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -25,6 +26,14 @@ class Announcement:
 
     run: str
     experiment: str
+
+    @property
+    def number(self) -> int:
+        """The run's number, which a welcome holds: 63 bits of SHA-256 of its name.
+
+        A client that meets another one knows that the server's run is no longer the one that it was told of.
+        """
+        return int.from_bytes(hashlib.sha256(f"bract run {self.run}".encode()).digest()[:8], "big") >> 1
 
     def write(self) -> bytes:
         """Return the answer to a question."""

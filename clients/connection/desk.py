@@ -23,8 +23,10 @@ from ...transport.body import Body
 from ...transport.federation_pb2 import Header, Welcome
 from ...transport.greeting import Hello, head_from, refuse_version
 from ...transport.wire import control, head_of, shown
+from .patience import Notice
 
-Notice = Callable[[str], None]
+Failed = Callable[[str, BaseException], None]
+Takes = Callable[[int], bool]
 
 
 class ProgressLike(Protocol):
@@ -85,14 +87,25 @@ class Job:
 class Desk:
     """A party's messages. Lives in the loop in which it is made; the party works in a thread of its own."""
 
-    def __init__(self, party: Party, *, name: str, notice: Notice) -> None:
+    def __init__(
+        self,
+        party: Party,
+        *,
+        name: str,
+        notice: Notice,
+        takes: Takes = lambda run: True,
+        failed: Failed | None = None,
+    ) -> None:
         self.party, self.jobs = party, dict[str, Job]()
+        self.other_run = False
+        self._takes, self._failed = takes, failed or self._say_failure
         self.working = self.stage = ""
         self.steps = 0
         self.ready: Callable[[], None] = lambda: None
         self._name, self._notice = name, notice
         self._instance = secrets.token_bytes(16)
         self._node = 0
+        self._answering = 0
         self._queue: deque[tuple[Header, RecordDict | Error]] = deque()
         self._loop = asyncio.get_running_loop()
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bract-client")
@@ -101,14 +114,29 @@ class Desk:
         """Take nothing more on; what is worked on goes on until it is done."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether the party works on a message."""
+        return bool(self._answering)
+
+    def finish(self) -> None:
+        """Block until the party has ended what it works on."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
     def hello(self) -> bytes:
         """Return the first frame of a stream."""
         hello = Hello.of(self.party.hello(), name=self._name)
         return control(hello=hello.write(instance=self._instance, holds=list(self.jobs)[-8:]))
 
-    def welcome(self, welcome: Welcome) -> None:
-        """Take up a stream; BractError if this side cannot work with that server."""
+    def welcome(self, welcome: Welcome) -> bool:
+        """Take up a stream; return False if it is of a run that the party does not serve.
+
+        BractError if this side cannot work with that server.
+        """
         refuse_version(welcome.protocol, welcome.bract, __version__, side="server")
+        self.other_run = not self._takes(welcome.run)
+        if self.other_run:
+            return False
         seen = head_of(welcome.ledger)
         if seen is not None:
             self.party.refuse_rollback(Head.from_dict(seen))
@@ -116,6 +144,7 @@ class Desk:
         flower.identify_process(welcome.run)
         for job in self.jobs.values():
             job.wanted = False
+        return True
 
     def take(self, header: Header, content: RecordDict | Error) -> None:
         """Take a message that has arrived whole; RunError `frame-invalid` if it is one too many."""
@@ -161,6 +190,13 @@ class Desk:
 
     def _answer(self, held: list[tuple[Header, RecordDict | Error]]) -> tuple[Body, Head | None]:
         """Return the body of the reply, in the thread that works."""
+        self._answering += 1
+        try:
+            return self._answer_one(held)
+        finally:
+            self._answering -= 1
+
+    def _answer_one(self, held: list[tuple[Header, RecordDict | Error]]) -> tuple[Body, Head | None]:
         header, content = held.pop()
         try:
             if isinstance(content, Error):
@@ -173,7 +209,7 @@ class Desk:
             body = Body.of_error(reply.error) if reply.has_error() else Body.of(reply.content)
         except Exception as error:  # a site raises nothing; the handler of a stock app may
             code = error.code if isinstance(error, BractError) else "client-failed"
-            self._notice(f"message {shown(header.message)}: {type(error).__name__}: {shown(str(error), 500)}")
+            self._failed(f"message {shown(header.message)}", error)
             # The text of an error may hold records, so it stays here.
             body = Body.of_error(Error(flower.ERROR_CODE, f"{code}: {CATALOGUE[code].meaning.rstrip('.')}"))
         return body, self.party.head()
@@ -190,8 +226,11 @@ class Desk:
         if error is not None:
             # Only the ledger's head can have failed; the server waits no longer than its deadline.
             del self.jobs[message]
-            self._notice(f"message {shown(message)}: {type(error).__name__}: {shown(str(error), 500)}")
+            self._failed(f"message {shown(message)}", error)
         else:
             job.body, job.head = future.result()
         self.ready()
         self._work()
+
+    def _say_failure(self, what: str, error: BaseException) -> None:
+        self._notice(f"{what}: {type(error).__name__}: {shown(str(error), 500)}")

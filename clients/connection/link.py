@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from ...core.errors import CATALOGUE, BractError, Refusal, RunError
 from ...transport.channel import refuse_insecure, split_address
 from ...transport.federation_pb2 import Farewell
 from ...transport.wire import Limits, shown
-from .desk import Desk, Notice, Party
+from .desk import Desk, Failed, Party, Takes
+from .patience import Backoff, Notice, Patience
 from .stream import Shown, Stream
 
-
-@dataclass(frozen=True, kw_only=True)
-class Backoff:
-    """Pauses between attempts in seconds: ever longer, and by chance, so that not all clients come back at once."""
-
-    first: float = 0.1
-    longest: float = 10.0
-    factor: float = 1.6
-
-    def pause(self, attempt: int) -> float:
-        """Return the pause before an attempt, counted from 1."""
-        # No privacy hangs on it: the system's generator, so that a seeded run's is left alone.
-        spread = random.SystemRandom().uniform(0.5, 1.0)
-        return min(self.longest, self.first * self.factor ** min(attempt - 1, 60)) * spread
+__all__ = ["Backoff", "Link"]
 
 
 class Link:
@@ -36,7 +22,9 @@ class Link:
     One message at a time is handled, in a thread of its own; `limits.message_bytes` is the largest that is taken. A
     reply without a receipt is kept and offered over the next stream. `connect_for` is how long the server may be out
     of reach in seconds, None for ever; with `keep` the end of a federation is not the end. `name` counts only where
-    there are no credentials.
+    there are no credentials. `takes` says of a run's number whether it is one that the party serves; with another the
+    link ends as "changed". `connected` is called at each welcome, `diagnose` (in a thread) after each failure to get
+    one, and `failed` is told of errors whose text is the owner's alone.
     """
 
     def __init__(
@@ -51,20 +39,36 @@ class Link:
         connect_for: float | None = None,
         keep: bool = False,
         notice: Notice = lambda text: None,
+        takes: Takes = lambda run: True,
+        connected: Callable[[], None] = lambda: None,
+        diagnose: Callable[[], BractError | None] = lambda: None,
+        failed: Failed | None = None,
     ) -> None:
         if credentials is None:
             refuse_insecure(address)
         split_address(address)
         self._party, self._address, self._credentials, self._name = party, address, credentials, name
-        self._limits, self._backoff = limits or Limits(), backoff or Backoff()
-        self._connect_for, self._keep, self._notice = connect_for, keep, notice
+        self._limits, self._keep, self._notice = limits or Limits(), keep, notice
+        self._patience = Patience(address, backoff=backoff, seconds=connect_for, diagnose=diagnose, notice=notice)
+        self._takes, self._connected, self._failed = takes, connected, failed
+        self._desk: Desk | None = None
         self._stop_early = False
         self._stopped: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self) -> str:
-        """Serve to the end; return "finished" or "stopped". BractError if this client is refused for good."""
+        """Serve to the end; return "finished", "stopped" or "changed". BractError if it is refused for good."""
         return asyncio.run(self.serve())
+
+    @property
+    def busy(self) -> bool:
+        """Whether the party still works on a message."""
+        return self._desk is not None and self._desk.busy
+
+    def finish(self) -> None:
+        """Block until the party has ended what it works on, after `run`."""
+        if self._desk is not None:
+            self._desk.finish()
 
     def stop(self) -> None:
         """End the link from any thread; what the party works on goes on until it is done, and is not sent."""
@@ -78,41 +82,43 @@ class Link:
         self._loop = asyncio.get_running_loop()
         if self._stop_early:
             stopped.set()
-        desk = Desk(self._party, name=self._name, notice=self._notice)
+        desk = self._desk = Desk(
+            self._party, name=self._name, notice=self._notice, takes=self._takes, failed=self._failed
+        )
         try:
             return await self._serve(desk, stopped)
         finally:
             desk.close()
 
     async def _serve(self, desk: Desk, stopped: asyncio.Event) -> str:
-        attempt, reached = 0, time.monotonic()
+        patience, loop = self._patience, asyncio.get_running_loop()
         while not stopped.is_set():
-            stream = Stream(desk, self._address, self._credentials, self._limits, stopped)
+            stream = Stream(desk, self._address, self._credentials, self._limits, stopped, self._welcomed)
             why = await stream.serve()
-            if stream.welcomed:
-                attempt, reached = 0, time.monotonic()
+            if desk.other_run:
+                return "changed"
             if stream.ended is not None and (stream.ended.final or not stream.ended.code):
                 if stream.ended.code:
-                    raise _as_error(stream.ended)
+                    raise as_error(stream.ended)
                 if not self._keep:
                     return "finished"
             if stopped.is_set():
                 break
-            away = time.monotonic() - reached
-            if self._connect_for is not None and away > self._connect_for:
-                why = shown(why, 300)
-                raise RunError("server-unreachable", f"server {self._address}: not reached for {away:.0f} s; {why}")
-            attempt += 1
-            pause = self._backoff.pause(attempt)
-            self._notice(f"server {self._address}: {shown(why, 300)}; trying again in {pause:.1f} s")
+            silent = not stream.welcomed and stream.ended is None
+            found = await loop.run_in_executor(None, patience.diagnosed) if silent else None
+            pause = patience.failed(why, found)
             try:
                 await asyncio.wait_for(stopped.wait(), pause)
             except TimeoutError:
                 continue
         return "stopped"
 
+    def _welcomed(self) -> None:
+        self._patience.reached()
+        self._connected()
 
-def _as_error(ended: Farewell) -> BractError:
+
+def as_error(ended: Farewell) -> BractError:
     """Return the error of a farewell, in this side's words if the code is not known here."""
     if ended.code in CATALOGUE:
         return Refusal(ended.code, f"the server refused: {shown(ended.sentence, 500)}")

@@ -24,9 +24,17 @@ Shown = Credentials | Callable[[], grpc.ChannelCredentials] | None
 class Stream:
     """One stream, from hello to its end."""
 
-    def __init__(self, desk: Desk, address: str, credentials: Shown, limits: Limits, stopped: asyncio.Event) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        address: str,
+        credentials: Shown,
+        limits: Limits,
+        stopped: asyncio.Event,
+        connected: Callable[[], None] = lambda: None,
+    ) -> None:
         self._desk, self._address, self._credentials = desk, address, credentials
-        self._limits, self._stopped = limits, stopped
+        self._limits, self._stopped, self._connected = limits, stopped, connected
         desk.ready = self._wake_up
         self._controls: deque[bytes] = deque()
         self._wake = asyncio.Event()
@@ -79,7 +87,9 @@ class Stream:
             if frame.WhichOneof("kind") == "farewell":
                 self.ended = frame.farewell
                 return self.ended.sentence
-            self._desk.welcome(frame.welcome)
+            if not self._desk.welcome(frame.welcome):
+                await self._goodbye(None)
+                return "the server has another run"
         except RunError as error:
             if error.code != "frame-invalid":
                 await self._goodbye(error)
@@ -89,6 +99,7 @@ class Stream:
             await self._goodbye(error)
             raise
         self.welcomed = True
+        self._connected()
         tasks = [
             asyncio.create_task(work)
             for work in (self._read(), self._write(), self._beat(frame.welcome), self._await_stop())

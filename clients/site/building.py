@@ -15,10 +15,11 @@ from ...privacy.dpsgd.independence import refuse_mixing
 from ...privacy.policy import Policy, Update
 from ...strategies.compression import Compression
 from ...strategies.local_rule import LocalRule, arrays_like
+from ...tasks.prepared import site_data
 from ...tasks.registry import find_task
 from ...tasks.task import SiteData, Task
 from ..local_model import build_module
-from ..parts import app_module, flower_app, local_model, local_rule, strategy_of
+from ..parts import app_module, flower_app, local_model, local_rule, strategy_of, withholds_counts
 from ..training import choose_device
 from .admission import refuse_what_may_not_run
 from .padding import Padded, padded
@@ -75,7 +76,7 @@ def build(
         classes = len(found.classes)
     node_config: dict[str, bool | int | float | str] = {"name": data, "partition-id": 0, "num-partitions": 1}
     if is_app:
-        node_config["data"] = str(policy.path_of(data))
+        node_config |= {"data": str(policy.path_of(data)), **policy.data[data].node_config}
     return Built(
         work=work,
         task_name=task_name,
@@ -129,7 +130,7 @@ def _task(
     ready = padded(
         task,
         module,
-        task.site(policy.path_of(data)),
+        site_data(task, policy.path_of(data)),
         records=policy.data[data].records,
         place=policy.place("data", data, "records"),
     )
@@ -145,6 +146,7 @@ def _task(
         training=training,
         rule=rule,
         compression=Compression.of(experiment.compression),
+        withhold_counts=withholds_counts(experiment),
         settings={**tables, "training": asdict(training), "layout": _form(model.layout)},
         log=log,
     )

@@ -24,16 +24,14 @@ from ...privacy.ledger.chain import Head
 from ...privacy.ledger.ledger import Ledger
 from ...privacy.policy import Policy
 from ...tasks.task import Task
+from ...transport.wire import PROTOCOL
 from ..gate import release_error
 from ..training import reproducible
 from .admission import Mechanisms, admit
 from .building import Built, build
 from .incoming import config_of, digest_of, refuse_malformed, size_of
 from .request import MessageRequest, RunRequest
-from .state import KeptStates, SiteLog, data_id, pack_reply, unpack_reply
-
-PROTOCOL = 1
-"""The form of hello and of messages; a placeholder until there is a transport."""
+from .state import KeptStates, SiteLog, StateLock, data_id, pack_reply, unpack_reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +46,21 @@ class Site:
     """One data set's site; `open` makes it. One message at a time."""
 
     def __init__(
-        self, *, policy: Policy, data: str, server: str | None, ledger: Ledger, built: Built, log: SiteLog, state: Path
+        self,
+        *,
+        policy: Policy,
+        data: str,
+        server: str | None,
+        ledger: Ledger,
+        built: Built,
+        log: SiteLog,
+        state: Path,
+        lock: StateLock,
+        seeded: Key | None = None,
     ) -> None:
         self._policy, self._data, self._server = policy, data, server
-        self._ledger, self._built, self._log = ledger, built, log
-        self._kept = KeptStates(state)
+        self._ledger, self._built, self._log, self._seeded = ledger, built, log, seeded
+        self._kept, self._state_lock = KeptStates(state), lock
         self._id = data_id(state, data)
         self._lock = threading.Lock()
         self.refusal: Refusal | None = None
@@ -69,29 +77,51 @@ class Site:
         server: str | None = None,
         task: Task | None = None,
         strategy: object | None = None,
+        seeded: Key | None = None,
     ) -> Self:
         """Build what the experiment describes on this site's data, if the policy allows it; nothing is charged.
 
         `data` is the owner's name of the data set (by default the only one), `server` the name in the certificate of
         who will ask. `task` and `strategy` are objects to use instead of what the experiment names. Code comes from
-        the experiment's folder, which is the site's own. Errors: Refusal from policy, ledger or the declared number
-        of records, InputError for what cannot be built; both are for the owner's screen.
+        the experiment's folder, which is the site's own. With `seeded`, `Key.from_seed(seed).child("site", name)`, all
+        randomness is that of the simulated client of that name, instead of the ledger's secret bytes: the ledger
+        charges as ever, but towards whoever knows the seed nothing is private.
+
+        Errors, for the owner's screen: Refusal from policy, ledger or the declared number of records, or because
+        another site is open on this state directory, in whatever process; InputError for what cannot be built.
         """
         ledger = Ledger.open(state)
+        lock: StateLock | None = None
         try:
+            lock = StateLock(state)
             name = policy.choose(data)
             log = SiteLog(state)
             built = build(experiment, policy, name, server=server, log=log.note, task=task, strategy=strategy)
             _declare(ledger, policy, name)
-            site = cls(policy=policy, data=name, server=server, ledger=ledger, built=built, log=log, state=state)
+            site = cls(
+                policy=policy,
+                data=name,
+                server=server,
+                ledger=ledger,
+                built=built,
+                log=log,
+                state=state,
+                lock=lock,
+                seeded=seeded,
+            )
         except BaseException:
+            if lock is not None:
+                lock.release()
             ledger.close()
             raise
         log.note(f"opened {name}: {built.remark}")
+        if seeded is not None:
+            log.note("noise and batches follow from a seed: what leaves is not private towards anyone who knows it")
         return site
 
     def close(self) -> None:
-        """Close the ledger and the log."""
+        """Close the ledger and the log, and let another site open the state directory."""
+        self._state_lock.release()
         self._ledger.close()
         self._log.close()
 
@@ -122,6 +152,7 @@ class Site:
             "metrics": allow.metrics,
             "epochs": allow.epochs,
             "message_bytes": allow.message_bytes,
+            "seeded": self._seeded is not None,
             "ledger": {"sequence": head.sequence, "mac": head.mac},
         }
 
@@ -161,7 +192,7 @@ class Site:
             classes=built.classes,
             coordinates=built.work.layout.size,
             options=built.options,
-            settings=built.work.settings,
+            settings={**built.work.settings, **({"seeded": True} if self._seeded is not None else {})},
         )
         self._refuse_other_experiment(request.run)
         steps = mechanisms.training.steps_per_round if mechanisms.training and request.phase == "train" else None
@@ -235,8 +266,9 @@ class Site:
             state=kept,
             run_config=dict(self._built.run_config),
         )
-        key = Key.fresh() if reservation is None else reservation.key
-        with reproducible():
+        key = self._seeded or (Key.fresh() if reservation is None else reservation.key)
+        # A seeded site's bytes are those of a simulation, which has one thread a client.
+        with reproducible(threads=None if self._seeded is None else 1):
             reply = self._built.work.answer(message, context, request, mechanisms, key)
         packed = pack_reply(reply, context.state)
         if reservation is None:

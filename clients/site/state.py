@@ -5,6 +5,7 @@ All files are for their owner alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -25,8 +26,40 @@ from ...privacy.ledger.replies import sync
 
 LOG_FILE = "site.log"
 IDS_FILE = "data-sets.json"
+LOCK_FILE = "site.lock"
 CONTEXTS = "contexts"
 _LOG_BYTES = 10_000_000
+
+
+class StateLock:
+    """The one site that is open in a state directory, in any process: held until it is closed or its process ends.
+
+    Refusal `ledger-unwritable` if another one holds it. The ledger itself may be read, and opened, beside it.
+    """
+
+    def __init__(self, state: Path) -> None:
+        path = state / LOCK_FILE
+        try:
+            # Not inherited by programs that this process starts, which would hold it beyond its end.
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Refusal("ledger-unwritable", f"{path}: cannot be written ({error.strerror})") from error
+        try:
+            # Of the open file, not of the process: two sites in one process exclude each other too.
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._handle)
+            raise Refusal(
+                "ledger-unwritable",
+                f"STATE = {state}: another bract client is at work in it; end that one, or give this one a state "
+                "directory of its own",
+            ) from error
+
+    def release(self) -> None:
+        """Let the next one in."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
 class SiteLog:

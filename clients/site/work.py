@@ -1,6 +1,7 @@
 """What a site runs for a message: bract's own training of a task, or a Flower ClientApp, behind one interface.
 
-Neither knows of policy or ledger. Both send by way of the gate, whose weight is the declared number of records.
+Neither knows of policy or ledger. Both send by way of the gate, whose weight is 1, or where updates are raw (or clipped
+by a trusted server) the declared number of records.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from ...core.errors import RunError
 from ...core.keys import Key
-from ...core.parameters import Arrays, Layout, arrays_of, record_of
+from ...core.parameters import Arrays, Layout, arrays_of, digest, record_of
 from ...privacy.local import LocalPlan
 from ...strategies.compression import MEMORY, Compression
 from ...strategies.local_rule import LocalRule, Sent
@@ -57,7 +58,10 @@ class Work(Protocol):
     def answer(
         self, message: Message, context: Context, request: MessageRequest, mechanisms: Mechanisms, key: Key
     ) -> Message:
-        """Return the gate's reply; what a client keeps is put into the context. Raises RunError."""
+        """Return the gate's reply; what a client keeps is put into the context. Raises RunError.
+
+        `key` may be that of this message alone, or that of the site: each draw also follows from the message.
+        """
         ...
 
 
@@ -72,6 +76,7 @@ class TaskWork:
     training: LocalTraining
     rule: LocalRule
     compression: Compression | None
+    withhold_counts: bool
     settings: Mapping[str, Any]
     log: Callable[[str], None]
 
@@ -98,8 +103,12 @@ class TaskWork:
             local=mechanisms.local,
         )
         training = replace(self.training, epochs=request.run.epochs, batch_size=request.run.batch_size)
-        # The records are as many as the owner declared, so their number is public.
-        gate = Gate(layout=self.layout, withhold_counts=False, rule=self.rule, compression=self.compression)
+        gate = Gate(
+            layout=self.layout,
+            withhold_counts=self.withhold_counts,
+            rule=self.rule,
+            compression=self.compression,
+        )
         app = client_app({self.name: owner}, self.task, training, self.model, gate)
         try:
             return app(message, context)
@@ -107,7 +116,8 @@ class TaskWork:
             if mechanisms.local is None or request.phase != "train":
                 raise
             self.log(_HIDDEN.format(type(error).__name__, error))
-            return _no_change(gate, message, context, mechanisms.local, key, records=len(self.data.train))
+            failed = key.child("failed", request.round, digest(gate.admit(message)))
+            return _no_change(gate, message, context, mechanisms.local, failed, records=len(self.data.train))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +139,7 @@ class AppWork:
     ) -> Message:
         """Call the app; a noised update is clipped and noised here, whatever the app did."""
         if mechanisms.local is not None and request.phase == "train":
-            return self._noised(message, context, mechanisms.local, key)
+            return self._noised(message, context, request, mechanisms.local, key)
         reply = self.app(message, context)
         numbers = _numbers(reply) if mechanisms.evaluation is not None else {}
         gate = Gate(layout=self.layout, withhold_counts=False, rule=LocalRule(reports=tuple(numbers)))
@@ -138,21 +148,23 @@ class AppWork:
         update = _arrays(reply)
         return gate.release_update(message, update, records=self.records, sent=Sent(numbers=numbers))
 
-    def _noised(self, message: Message, context: Context, plan: LocalPlan, key: Key) -> Message:
-        gate = Gate(layout=self.layout, withhold_counts=False)
+    def _noised(
+        self, message: Message, context: Context, request: MessageRequest, plan: LocalPlan, key: Key
+    ) -> Message:
+        gate = Gate(layout=self.layout, withhold_counts=True)
         model, update = gate.admit(message), None
         try:
             update = _arrays(self.app(message, context))
         except Exception as error:
             self.log(_HIDDEN.format(type(error).__name__, error))
-        stream = key.child("local noise").stream()
+        stream = key.child("train", request.round, digest(model), "local noise").stream()
         released = noised_update(model, update, layout=self.layout, plan=plan, stream=stream)
         return gate.release_update(message, released, records=self.records)
 
 
 def _no_change(gate: Gate, message: Message, context: Context, plan: LocalPlan, key: Key, *, records: int) -> Message:
     """Return the reply of a client that changed nothing, which is made as any other is."""
-    received, key = gate.admit(message), key.child("failed")
+    received = gate.admit(message)
     stream = key.child("local noise").stream()
     released = noised_update(received, None, layout=gate.layout, plan=plan, stream=stream)
     if gate.compression is None:

@@ -114,6 +114,7 @@ class BookKeeping:
         self._private.pre_step()
         self._optimizer.step()
 
+    @torch.no_grad()
     def _pass(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
         """Add the clipped gradients of some examples to those of the step."""
         self._entries.clear()
@@ -127,13 +128,13 @@ class BookKeeping:
         by_layer = self._gradients(losses, len(inputs))
         found = by_layer if self._plan.per_layer else [[each for own in by_layer for each in own]]
         factors = self._private.factors([[_columns(own)] if own else [] for own in found])
-        clean = _clean(factors)
-        with torch.no_grad():
-            for own, factor in zip(found, factors, strict=True):
-                for each in own:
-                    if factor is not None:
-                        part, p = each.weighted(factor.to(each.norms.dtype), clean), each.parameter
-                        p.summed_grad = part if p.summed_grad is None else p.summed_grad + part  # type: ignore[attr-defined]
+        clean, parts = _clean(factors), self._private.parts
+        for own, factor in zip(found, factors, strict=True):
+            for each in own:
+                if factor is not None:
+                    p, part = each.parameter, parts[each.parameter]
+                    each.add(part, factor.to(each.norms.dtype), clean, p.summed_grad is part)  # type: ignore[attr-defined]
+                    p.summed_grad = part  # type: ignore[attr-defined]
 
     def _gradients(self, losses: Tensor, examples: int) -> list[list[Gradients]]:
         """Return the gradients of each layer's parameters; none for a layer that the losses do not reach."""
@@ -145,7 +146,7 @@ class BookKeeping:
             return [[] for _ in self._layers]
         # The layers use their weights detached, so a gradient of a weight is one that no layer accounts for.
         wanted = [*(entry.output for entry in entries), *self._parameters]
-        gradients = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+        gradients = torch.autograd.grad(losses, wanted, torch.ones_like(losses), allow_unused=True)
         if any(gradient is not None for gradient in gradients[len(entries) :]):
             raise _unfit("a weight is used outside of its layer")
         found = {}
@@ -158,8 +159,7 @@ class BookKeeping:
                     f"train.model: a layer sees {len(gradient)} rows for {examples} examples, so a record's gradient "
                     "cannot be told from the others'; keep the examples in the first dimension of every layer's input",
                 )
-            with torch.no_grad():
-                found[entry.layer] = entry.kind.gradients(entry.layer, entry.inputs, _wide(gradient))
+            found[entry.layer] = entry.kind.gradients(entry.layer, entry.inputs, _wide(gradient))
         self._entries.clear()
         return [found.get(layer, []) for layer in self._layers]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ...core.errors import RunError
 from ...core.keys import Stream
 from ..mechanism import RecordLevelPlan
+from .layers import needs_autograd
+from .noised_sum import NoisedSum
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,12 +67,17 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         self._layers = [list(layer) for layer in layers] if plan.per_layer else [self._parameters]
         self._layer_norm = plan.clipping_norm / math.sqrt(len(self._layers))
         self._correct = correct
+        self._sum = NoisedSum(self._parameters)
         self.examples = 0
+
+    @property
+    def parts(self) -> Mapping[Tensor, Tensor]:
+        """Where a parameter's clipped sum may be written, to be set as its `summed_grad`: then it is copied no more."""
+        return self._sum.parts
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Set every gradient to (Σ clip(g_i) + noise) / expected batch, and let it be corrected."""
         self.add_noise()
-        self.scale_grad()
         self._correct()
         return True
 
@@ -99,7 +106,7 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         """
         factors = [_clip_factors(list(rows), self._layer_norm) if rows else None for rows in layers]
         there = [each for each in factors if each is not None]
-        if not there:
+        if len(there) < 2:
             return factors
         # An example that is bad in one layer counts as zero in all of them.
         sound = torch.stack(there).amin(dim=0) > 0
@@ -117,23 +124,21 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
             )
         return sample.reshape(len(sample), -1).float()
 
+    @torch.no_grad()
     def add_noise(self) -> None:
-        """Set `grad` to the clipped sum plus noise: one draw from the stream over all parameters."""
-        count = sum(p.numel() for p in self._parameters)
-        noise = torch.from_numpy(self._noise.normals(count)) if self._deviation else torch.zeros(count)
-        noise *= self._deviation
-        first = 0
-        # As a rule all parameters are of one type and device: then their gradients share one tensor.
-        there = {(p.dtype, p.device): noise.to(p.dtype).to(p.device) for p in self._parameters}
+        """Set `grad` to the clipped sum plus noise, over the expected batch and never the number of examples drawn."""
         for p in self._parameters:
-            p.grad = there[p.dtype, p.device][first : first + p.numel()].view(p.shape)
-            if p.summed_grad is not None:
-                p.grad += p.summed_grad.to(p.dtype)
-            first += p.numel()
+            part, clipped = self._sum.parts[p], p.summed_grad
+            if clipped is None:
+                part.zero_()
+            elif clipped is not part:
+                part.copy_(clipped)
+        self._sum.finish(self._noise, deviation=self._deviation, denominator=float(self.expected_batch_size))
+        for p in self._parameters:
+            p.grad = self._sum.parts[p].to(p.dtype)
 
     def scale_grad(self) -> None:
-        """Divide by the expected batch, never by the number of examples drawn."""
-        torch._foreach_div_([p.grad for p in self._parameters], float(self.expected_batch_size))
+        """Do nothing: `add_noise` has divided already."""
 
 
 class DPSGD:
@@ -163,7 +168,9 @@ class DPSGD:
         self._was_training = self._module.training
         self._module.train()
         try:
-            self._wrapped = GradSampleModule(self._module, loss_reduction="sum", strict=True)
+            self._wrapped = GradSampleModule(
+                self._module, loss_reduction="sum", strict=True, force_functorch=needs_autograd(self._module)
+            )
         except NotImplementedError as error:
             raise RunError("model-not-private", f"train.model: {str(error).splitlines()[0]}") from error
         self._private = StreamOptimizer(
@@ -194,6 +201,7 @@ class DPSGD:
         for module in self._module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
+            module.__dict__.pop("ft_compute_sample_grad", None)
         self._module.train(self._was_training)
 
     def step(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
@@ -218,6 +226,7 @@ class DPSGD:
         with warnings.catch_warnings():
             # The inputs are data: that they have no gradient is as it should be.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            warnings.filterwarnings("ignore", message="In CPU autocast")
             losses.sum().backward()
         self._private.examples = len(inputs)
         self._private.clip_and_accumulate()
@@ -242,7 +251,10 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 def _clip_factors(samples: list[Tensor], clipping_norm: float) -> Tensor:
     """Return the factor [n] of each example, from its gradients [n, size of a parameter]: 0 if one is not finite."""
-    norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in samples], dim=1)
-    norm = torch.linalg.vector_norm(norms, dim=1)
-    factor = (clipping_norm / (norm * (1 + _MARGIN))).clamp(max=1.0)
-    return torch.where(torch.isfinite(norm), factor, torch.zeros_like(factor))
+    norm = torch.linalg.vector_norm(samples[0], dim=1)
+    if len(samples) > 1:
+        others = [torch.linalg.vector_norm(sample, dim=1) for sample in samples[1:]]
+        norm = torch.linalg.vector_norm(torch.stack([norm, *others], dim=1), dim=1)
+    # An infinite norm gives 0 by itself.
+    factors: Tensor = clipping_norm / (1 + _MARGIN) / norm
+    return factors.clamp_(max=1.0).nan_to_num_(nan=0.0)

@@ -14,6 +14,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -45,9 +46,23 @@ def make_private(module: nn.Module) -> tuple[nn.Module, list[str]]:
         notes.append(f"{_named(path, layer)} was replaced by {_described(layer, replacement)}")
         module = _put(module, path, replacement)
     for path, layer in module.named_modules():
+        _refuse_what_mixes(path, layer)
         _refuse_what_opacus_refuses(path, layer)
     _refuse_what_has_no_gradients(module)
     return module, notes
+
+
+def needs_autograd(module: nn.Module) -> bool:
+    """Return whether Opacus' own rules are wrong for a layer, so that it has to differentiate record by record.
+
+    In 1.6 they take any padding of a convolution for zeros, and give the padding word of an embedding a gradient.
+    """
+    return any(
+        (isinstance(layer, _ConvNd) and layer.padding_mode != "zeros")
+        or (isinstance(layer, nn.Embedding) and layer.padding_idx is not None)
+        for layer in module.modules()
+        if _has_trainable_of_its_own(layer)
+    )
 
 
 def _replacement(layer: nn.Module, path: str) -> nn.Module | None:
@@ -107,6 +122,15 @@ def _put(root: nn.Module, path: str, layer: nn.Module) -> nn.Module:
     # Not set_submodule: a Sequential's keys are not attributes that a type checker or torch.compile's wrapper knows.
     root.get_submodule(parent)._modules[name] = layer
     return root
+
+
+def _refuse_what_mixes(path: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        if layer.max_norm is not None:
+            # Frozen or not: looking a word up shortens it, for all other records too, and without noise.
+            raise _refused(path, layer, "with max_norm it changes the weights of the words that a batch holds; drop it")
+        if layer.scale_grad_by_freq:
+            raise _refused(path, layer, "scale_grad_by_freq counts a word over all records of a batch; drop it")
 
 
 def _refuse_what_opacus_refuses(path: str, layer: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
 Clean = Callable[[Tensor], Tensor]
+Add = Callable[[Tensor, Tensor, Clean, bool], None]
 
 _VANISHED = 1e-18
 """More than a float32 number whose square vanishes: a norm is made longer by it."""
@@ -26,16 +28,16 @@ _ROUNDING = 2.0**-23
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """The gradients of n examples for one parameter: `norms` [n], and `weighted` for Σ factor · gradient.
+    """The gradients of n examples for one parameter: `norms` [n], and `add` for Σ factor · gradient.
 
-    A norm is too small by rounding in float32 at most, and not finite if the gradient is not. `weighted` takes the
-    factors [n], and `finite` or `unchanged` for the tensors that it multiplies: if an example is bad, only the first
-    makes 0 · gradient zero.
+    A norm is too small by rounding in float32 at most, and not finite if the gradient is not. `add` takes the total in
+    the parameter's shape, the factors [n], `finite` or `unchanged` for the tensors that it multiplies (if an example is
+    bad, only the first makes 0 · gradient zero), and whether to add to the total or to overwrite it.
     """
 
     parameter: Tensor
     norms: Tensor
-    weighted: Callable[[Tensor, Clean], Tensor]
+    add: Add
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +104,14 @@ def _of_linear(layer: nn.Linear, inputs: Tensor, outputs: Tensor) -> list[Gradie
             Gradients(
                 parameter=layer.weight,
                 norms=size * _norms(inputs),
-                weighted=lambda factors, clean: _weighted(factors, clean(outputs)).mT @ clean(inputs),
+                add=lambda total, factors, clean, more: _add_product(
+                    total, _weighted(factors, clean(outputs)), clean(inputs), more
+                ),
             )
         )
     bias = layer.bias
     if bias is not None and bias.requires_grad:
-        found.append(Gradients(parameter=bias, norms=size, weighted=lambda factors, clean: factors @ clean(outputs)))
+        found.append(Gradients(parameter=bias, norms=size, add=partial(_add_rows, outputs)))
     return found
 
 
@@ -129,16 +133,15 @@ def _of_convolution(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, outputs: Tenso
         padded = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
         padding: Any = (0,) * len(layer.kernel_size) if padded else layer.padding
 
-        def weighted(factors: Tensor, clean: Clean) -> Tensor:
+        def add(total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
             gradient = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
             weighed, shape = _weighted(factors, clean(outputs)), layer.weight.shape
             options = (layer.stride, padding, layer.dilation, groups)
-            total: Tensor = gradient(clean(inputs), shape, weighed, *options)  # type: ignore[no-untyped-call]
-            return total
+            _add(total, gradient(clean(inputs), shape, weighed, *options), more)  # type: ignore[no-untyped-call]
 
         patches = _patches(layer, inputs, padding)
         g = outputs.reshape(count, groups, -1, patches.shape[2]).mT
-        found.append(_of_positions(layer.weight, patches, g, weighted))
+        found.append(_of_positions(layer.weight, patches, g, add))
     return found + _of_bias(layer.bias, lambda: outputs.flatten(2).sum(dim=2))
 
 
@@ -167,9 +170,7 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, padding: Sequence[int
     return seen.reshape(count, layer.groups, rows * columns, high * wide * own)
 
 
-def _of_positions(
-    parameter: Tensor, a: Tensor, g: Tensor, weighted: Callable[[Tensor, Clean], Tensor] | None = None
-) -> Gradients:
+def _of_positions(parameter: Tensor, a: Tensor, g: Tensor, add: Add | None = None) -> Gradients:
     """Return the gradients Σ_t g_t a_tᵀ of inputs a [n, groups, T, p] and output gradients g [n, groups, T, q]."""
     positions, numbers = a.shape[2], a.shape[3] * g.shape[3]
     # Twice, since the ghost norm takes float64.
@@ -179,8 +180,12 @@ def _of_positions(
     return Gradients(
         parameter=parameter,
         norms=_ghost_norms(products, _norms(a) * _norms(g)),
-        weighted=weighted
-        or (lambda factors, clean: torch.einsum("ngtq,ngtp->qp", _weighted(factors, clean(g)), clean(a))),
+        add=add
+        or (
+            lambda total, factors, clean, more: _add_product(
+                total, _weighted(factors, clean(g)).flatten(0, 2), clean(a).flatten(0, 2), more
+            )
+        ),
     )
 
 
@@ -218,11 +223,12 @@ def _of_embedding(layer: nn.Embedding, inputs: Tensor, outputs: Tensor) -> list[
     # A product, since `where` would hide a NaN.
     norms = _ghost_norms(_inner_products(g) * same, _norms(g) * math.sqrt(words.shape[1]))
 
-    def weighted(factors: Tensor, clean: Clean) -> Tensor:
-        total = torch.zeros(layer.weight.shape, dtype=g.dtype, device=g.device)
-        return total.index_add_(0, words.flatten(), _weighted(factors, clean(g)).flatten(0, 1))
+    def add(total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
+        if not more:
+            total.zero_()
+        total.index_add_(0, words.flatten(), _weighted(factors, clean(g)).flatten(0, 1))
 
-    return [Gradients(parameter=layer.weight, norms=norms, weighted=weighted)]
+    return [Gradients(parameter=layer.weight, norms=norms, add=add)]
 
 
 def _layer_norm(layer: nn.LayerNorm, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,15 +270,32 @@ def _written_out(parameter: Tensor, gradients: Tensor, *, channels_last: bool = 
     """Return gradients [n, ...] that are small enough to be there, those of a convolution with channels last."""
     rows, shape = gradients.flatten(1), parameter.shape
 
-    def weighted(factors: Tensor, clean: Clean) -> Tensor:
-        total = factors @ clean(rows)
-        return total.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else total.view(shape)
+    def reordered(total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
+        _add(total, (factors @ clean(rows)).view(shape[0], *shape[2:], shape[1]).movedim(-1, 1), more)
 
     return Gradients(
         parameter=parameter,
         norms=torch.linalg.vector_norm(rows, dim=1),
-        weighted=weighted,
+        add=reordered if channels_last else partial(_add_rows, rows),
     )
+
+
+def _add_rows(rows: Tensor, total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
+    """Add Σ factor · row of rows [n, numbers]."""
+    total.view(-1).addmv_(clean(rows).mT, factors, beta=float(more))
+
+
+def _add_product(total: Tensor, g: Tensor, a: Tensor, more: bool) -> None:
+    """Add gᵀa of g [n, q] and a [n, p] to a total [q, p], without a copy of it in between."""
+    # With beta = 0 what was in the total does not count, be it infinite.
+    total.addmm_(g.mT, a, beta=float(more))
+
+
+def _add(total: Tensor, part: Tensor, more: bool) -> None:
+    if more:
+        total.add_(part)
+    else:
+        total.copy_(part)
 
 
 def finite(tensor: Tensor) -> Tensor:
@@ -287,13 +310,13 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 def _norms(tensor: Tensor) -> Tensor:
     """Return norms [n] that are not too small, even where the squares of all numbers vanish."""
-    rows = tensor.flatten(1)
+    rows = tensor.flatten(1) if tensor.dim() > 2 else tensor
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms + _VANISHED * math.sqrt(rows.shape[1])
+    return norms.add_(_VANISHED * math.sqrt(rows.shape[1]))
 
 
 def _weighted(factors: Tensor, tensor: Tensor) -> Tensor:
-    return tensor * factors.view(-1, *[1] * (tensor.dim() - 1))
+    return tensor * (factors.unsqueeze(1) if tensor.dim() == 2 else factors.view(-1, *[1] * (tensor.dim() - 1)))
 
 
 def _detached(parameter: Tensor | None) -> Tensor | None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Part = Literal["train", "test"]
 
+MOST = 2**40
+"""The most steps of an event, and the most messages of a plan: more is no training, and no float counts them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampledGaussian:
@@ -185,8 +188,8 @@ def _check_between(name: str, value: float, low: float, high: float) -> None:
 
 
 def _check_steps(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"steps or times = {value}: must be a whole number, at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise ValueError(f"steps or times = {str(value)[:40]}: must be a whole number in [1, {MOST}]")
 
 
 def _check_names(relation: str, part: str) -> None:

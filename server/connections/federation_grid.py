@@ -20,6 +20,8 @@ from ..grid import Arrival, Exchange, RoundGrid
 from .errands import Delivery, Errand, Mailbox
 from .listener import Listener
 
+_PAUSE = 0.25
+
 Check = Callable[[Message, RecordDict], None]
 """Raises a BractError if the records of a reply are not what the message asked for."""
 
@@ -32,12 +34,20 @@ class FederationGrid(RoundGrid):
     """The clients that a listener has, as a Flower Grid. Used by one thread, that of the round loop.
 
     A message's id is a function of `run_name`, client and content, so that a resumed server asks with the same ids and
-    sites answer from what they stored. `check` is for strategies without a fold that trust what they get.
+    sites answer from what they stored. `check` is for strategies without a fold that trust what they get. Where
+    `should_stop` says so, waiting for a reply ends with KeyboardInterrupt.
     """
 
-    def __init__(self, listener: Listener, *, run_name: str, check: Check = check_nothing) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        *,
+        run_name: str,
+        check: Check = check_nothing,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         flower.identify_process(listener.run)
-        self._listener, self._run_name, self._check = listener, run_name, check
+        self._listener, self._run_name, self._check, self._should_stop = listener, run_name, check, should_stop
         self._late = listener.mailbox()
         self._held: tuple[Mailbox, int] | None = None
 
@@ -121,8 +131,10 @@ class FederationGrid(RoundGrid):
     def _next(self, mailbox: Mailbox) -> Delivery:
         while True:
             try:
-                return mailbox.inbox.get(timeout=1)
+                return mailbox.inbox.get(timeout=_PAUSE)
             except queue.Empty:
+                if self._should_stop():
+                    raise KeyboardInterrupt from None
                 if not self._listener.alive:
                     raise RunError("internal", "the listener's thread has ended") from None
 

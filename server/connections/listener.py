@@ -13,11 +13,12 @@ from typing import Any, Self, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2
 
-from ...core.errors import InputError, RunError
+from ...core.errors import BractError, InputError, RunError
+from ...transport.announcement import Announcement, refuse_question
 from ...transport.channel import SERVER_OPTIONS, Credentials, refuse_insecure, split_address
 from ...transport.greeting import Hello
 from ...transport.peers import peer_name
-from ...transport.wire import METHOD, Limits
+from ...transport.wire import DESCRIBE, METHOD, Limits, shown
 from .errands import ClientStatus, Deadlines, Mailbox
 from .roster import Noticed, Roster
 from .session import Admit, Gatekeeper, Session
@@ -36,7 +37,8 @@ class Listener:
     `address` is host:port; port 0 takes a free one, and `port` says which. Credentials are PEM, or what gRPC's own
     functions make; without any only the loopback is listened on, and clients are who they say. `gatekeeper` names the
     client of a TLS session or refuses it; it is asked again every 10 s for open streams, so that a revocation takes
-    effect. `admit` may refuse a hello, for another task say. `notice` is called in the listener's thread.
+    effect. `admit` may refuse a hello, for another task say. `announcement` is what clients that the gatekeeper knows
+    are told before they join; its run's number goes into each welcome. `notice` is called in the listener's thread.
     """
 
     def __init__(
@@ -49,11 +51,14 @@ class Listener:
         limits: Limits | None = None,
         gatekeeper: Gatekeeper = peer_name,
         admit: Admit = admit_all,
+        announcement: Announcement | None = None,
         notice: Noticed = lambda kind, name, code, sentence: None,
     ) -> None:
         if credentials is None:
             refuse_insecure(address)
-        self.deadlines, self.limits, self.run = deadlines or Deadlines(), limits or Limits(), run
+        self.deadlines, self.limits = deadlines or Deadlines(), limits or Limits()
+        self.run = run if announcement is None else announcement.number
+        self.announcement = announcement
         self.roster = Roster(self.deadlines, time.monotonic, notice)
         self.port = 0
         self._address, self._credentials = address, credentials
@@ -210,6 +215,20 @@ class Listener:
         assert self._stopping is not None
         self._stopping.set()
 
+    async def _describe(self, asked: bytes, context: Any) -> bytes:
+        """Answer a client's question; a refusal is `code: sentence` in the details of the status."""
+        try:
+            refuse_question(asked)
+            if self._gatekeeper is not None:
+                self._gatekeeper(context.auth_context())
+        except BractError as error:
+            self.roster.notice("refused", shown(str(context.peer())), error.code, error.sentence)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}: {error.sentence}")
+        if self.announcement is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server announces nothing")
+            raise AssertionError
+        return self.announcement.write()
+
     async def _join(self, _: Any, context: Any) -> None:
         session = Session(
             context, self.roster, self.limits, run=self.run, gatekeeper=self._gatekeeper, admit=self._admit
@@ -222,11 +241,12 @@ class Listener:
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The two methods by name: frames go through as the bytes they are."""
+    """The methods by name: frames go through as the bytes they are."""
 
     def __init__(self, listener: Listener) -> None:
         self._methods = {
             METHOD: grpc.stream_stream_rpc_method_handler(listener._join),
+            DESCRIBE: grpc.unary_unary_rpc_method_handler(listener._describe),
             "/grpc.health.v1.Health/Check": grpc.unary_unary_rpc_method_handler(
                 _health,
                 request_deserializer=health_pb2.HealthCheckRequest.FromString,

@@ -32,6 +32,16 @@ class Finding:
         return {"name": self.name, "passed": self.passed, "sentence": self.sentence, "figures": dict(self.figures)}
 
 
+def failed(name: str, sentence: str, figures: Mapping[str, Any]) -> Finding:
+    """Return the finding of a check that failed."""
+    return Finding(name=name, passed=False, sentence=sentence, figures=figures)
+
+
+def not_tried(name: str, why: str) -> Finding:
+    """Return the finding of a check that there was nothing to try on."""
+    return Finding(name=name, passed=None, sentence=f"could not be tried: {why}")
+
+
 def variance_bounds(count: int, *, tests: int = 1) -> tuple[float, float]:
     """Return between what the mean square of `count` standard normals lies, but for a chance of 1e-6 in all tests."""
     tail = SIGNIFICANCE / (2 * tests)

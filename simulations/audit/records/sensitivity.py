@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 from functools import partial
 
+from ..finding import Finding, figure, not_tried, variance_bounds
 from .bench import benches
-from .finding import Finding, figure, variance_bounds
 from .probe import Seeing, Visit
 from .subject import Subject
 
@@ -36,7 +36,7 @@ def sensitivity(subject: Subject) -> Finding:
                         figures={"moved": figure(moved), "allowed": 1 + rounding, "site": bench.site},
                     )
     if not tried or largest == 0:
-        return _not_tried("sensitivity", "no record was drawn, or none of them moves the sum")
+        return not_tried("sensitivity", "no record was drawn, or none of them moves the sum")
     return Finding(
         name="sensitivity",
         passed=True,
@@ -67,7 +67,7 @@ def independence(subject: Subject) -> Finding:
                 if not moved - rounding <= worst - allowed or not where:
                     worst, allowed, where = moved, rounding, bench.site
     if not tried:
-        return _not_tried("independence", "no record was drawn")
+        return not_tried("independence", "no record was drawn")
     passed = bool(worst <= allowed)
     return Finding(
         name="independence",
@@ -143,7 +143,3 @@ def _empty_batches(subject: Subject) -> tuple[int, int, float, tuple[float, floa
     if not count:
         return len(visit.steps), plan.steps_per_round, 0.0, (1.0, 1.0)
     return len(visit.steps), plan.steps_per_round, squares / count, variance_bounds(count)
-
-
-def _not_tried(name: str, why: str) -> Finding:
-    return Finding(name=name, passed=None, sentence=f"could not be tried: {why}")

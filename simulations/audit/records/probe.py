@@ -20,8 +20,8 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...strategies.local_rule import LocalRound, LocalRule, LocalSession, Sent
-from ...tasks.task import Examples, SiteData, Task
+from ....strategies.local_rule import LocalRound, LocalRule, LocalSession, Sent
+from ....tasks.task import Examples, SiteData, Task
 
 KEPT = 512
 """Values that are kept of each tensor of a step; of all of them the sum of squares is."""

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core.errors import InputError
-from ...tasks.heart_disease import PACKAGED, HeartDisease
-from ...tasks.tables import PARQUET
-from ...tasks.task import Examples, Task
-from .finding import Finding
+from ....core.errors import InputError
+from ....tasks.heart_disease import PACKAGED, HeartDisease
+from ....tasks.tables import PARQUET
+from ....tasks.task import Examples, Task
+from ..finding import Finding
 from .subject import Subject
 
 _SHARES = (0.1, 0.37, 0.63, 0.9)

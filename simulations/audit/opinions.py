@@ -1,57 +1,63 @@
-"""A second and a third opinion on epsilon: other libraries' accountants, told what the kernel did."""
+"""A second and a third opinion on epsilon: other libraries' accountants, told what was done."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 
-import numpy as np
-
-from ...privacy import accounting
-from ...privacy.mechanism import RecordLevelPlan
 from .finding import Finding, figure
-from .subject import Subject
 
 PRV_ERROR = 0.01
 """Opacus' PRV accountant promises an epsilon within this of the truth (Gopi, Lee and Wutschitz 2021, theorem 5.1)."""
 _ROUNDED_UP = 0.01
 """What the accountant of record may add by rounding up: the PLD's interval of 1e-4 makes less."""
 _MOST_MESHES = 5e5
-_MECHANISMS = 4
 
 
-def accountants(subject: Subject) -> Finding:
-    """The shown epsilon is at most Rényi accounting's bound, and within PRV accounting's error of its figure.
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What was done: so many steps at a rate with noise; `shown` is the epsilon that is claimed for it.
+
+    `bounded` says that the claim may lie above the truth, `exact` that it comes from no looser accountant.
+    """
+
+    owner: str
+    rate: float
+    noise: float
+    steps: int
+    delta: float
+    shown: float
+    exact: bool = True
+    bounded: bool = False
+
+
+def opinions(told: list[Told]) -> Finding:
+    """Return whether each epsilon is at most Rényi accounting's bound, and within PRV accounting's error of its figure.
 
     Rényi accounting (Mironov, Talwar and Zhang 2019) is an upper bound of the truth, and looser than a privacy loss
     distribution, so a figure above it is wrong. PRV accounting is Opacus' own code: its upper end is at most twice its
     error above the truth, so a figure below that, or more than one hundredth above it, is wrong. Where nothing is
-    amplified the Gaussian's privacy loss is integrated instead. They are given what the kernel does, not what the
-    plan says is accounted: the steps of a round that ran, and the batch size by the number of records.
+    amplified the Gaussian's privacy loss is integrated instead.
     """
     rows = []
-    for site, plan in _different(subject):
-        rounds = subject.experiment.experiment.rounds
-        visits = [visit for visit in subject.trained().visits if visit.site == site and visit.reply is not None]
-        ran = max((len(visit.steps) for visit in visits), default=plan.steps_per_round)
-        rate, steps = min(1.0, plan.batch_size / plan.records), ran * rounds
-        shown = plan.epsilon()
-        above = _renyi(rate, plan.noise_multiplier, steps, plan.delta)
-        second = _second(rate, plan.noise_multiplier, steps, plan.delta, reach=above)
-        row = {"site": site, "shown": figure(shown), "renyi": figure(above)}
+    for each in told:
+        above = _renyi(each.rate, each.noise, each.steps, each.delta)
+        second = _second(each.rate, each.noise, each.steps, each.delta, reach=above)
+        row = {"site": each.owner, "shown": figure(each.shown), "renyi": figure(above)}
         rows.append(row | ({} if second is None else {"second": second}))
-        exact = accounting.accountant(sampling_rate=rate, noise_multiplier=plan.noise_multiplier, steps=steps) != "RDP"
-        shared = plan.accounted_records is not None
         low = -math.inf if second is None else second - 2 * PRV_ERROR
-        high = math.inf if second is None or shared or not exact else second * (1 + _ROUNDED_UP) + PRV_ERROR
-        if not shared:
+        loose = second is None or each.bounded or not each.exact
+        high = math.inf if loose or second is None else second * (1 + _ROUNDED_UP) + PRV_ERROR
+        if not each.bounded:
             high = min(high, above * (1 + 1e-6) + 1e-6)
-        if not low <= shown <= high:
+        if not low <= each.shown <= high:
             other = f"Opacus' PRV {second:.4g}, " if second is not None else ""
             return Finding(
                 name="accountants",
                 passed=False,
-                sentence=f"epsilon {shown:.4g} of {site} is not what others find: {other}Rényi {above:.4g} at most",
+                sentence=f"epsilon {each.shown:.4g} of {each.owner} is not what others find: {other}"
+                f"Rényi {above:.4g} at most",
                 figures={"sites": rows},
             )
     widest = max(rows, key=lambda row: float(row["shown"]))
@@ -63,15 +69,6 @@ def accountants(subject: Subject) -> Finding:
         f"at most {float(widest['renyi']):.4g} by Rényi accounting{third}",
         figures={"sites": rows},
     )
-
-
-def _different(subject: Subject) -> list[tuple[str, RecordLevelPlan]]:
-    """Return a few sites whose mechanisms differ, the ones with the fewest and the most records among them."""
-    found: dict[tuple[int, float], tuple[str, RecordLevelPlan]] = {}
-    for site, plan in sorted(subject.mechanisms.items(), key=lambda item: item[1].records):
-        found.setdefault((plan.records, plan.noise_multiplier), (site, plan))
-    places = np.linspace(0, len(found) - 1, min(_MECHANISMS, len(found)))
-    return [list(found.values())[round(place)] for place in places]
 
 
 def _renyi(rate: float, noise: float, steps: int, delta: float) -> float:

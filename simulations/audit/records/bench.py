@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...core.keys import Key
+from ....core.keys import Key
 from .subject import Subject
 
 OUTLIER = 1e4

@@ -1,4 +1,4 @@
-"""What virtual clients have spent in this run: a count of rounds, for each or for all, and the epsilon that follows."""
+"""What clients have spent in this run: a count of rounds, for each or for all, and the epsilon that follows."""
 
 from __future__ import annotations
 
@@ -22,18 +22,26 @@ class Accounts:
 
     def __init__(self, plans: Mapping[str, RecordLevelPlan], *, epsilon_budget: float | None = None) -> None:
         self._budget = epsilon_budget
-        self._place = {name: place for place, name in enumerate(plans)}
+        self._place: dict[str, int] = {}
         # The first client of a class stands for all.
         self._classes: list[RecordLevelPlan] = []
-        numbers: dict[tuple[float, int, float, int], int] = {}
-        self._class = np.zeros(len(plans), np.int32)
-        for place, plan in enumerate(plans.values()):
+        self._numbers: dict[tuple[float, int, float, int], int] = {}
+        self._class = np.zeros(0, np.int32)
+        self._counts = np.zeros(0, np.int32)
+        self.add(plans)
+
+    def add(self, plans: Mapping[str, RecordLevelPlan]) -> None:
+        """Take on clients that have trained nothing yet."""
+        classes = []
+        for name, plan in plans.items():
             event = (plan.accounted_rate, plan.accounted_steps(1), plan.noise_multiplier, plan.rounds)
-            if event not in numbers:
-                numbers[event] = len(self._classes)
+            if event not in self._numbers:
+                self._numbers[event] = len(self._classes)
                 self._classes.append(plan)
-            self._class[place] = numbers[event]
-        self._counts = np.zeros(len(plans), np.int32)
+            classes.append(self._numbers[event])
+            self._place[name] = len(self._place)
+        self._class = np.append(self._class, np.array(classes, np.int32))
+        self._counts = np.append(self._counts, np.zeros(len(classes), np.int32))
 
     @property
     def rounds(self) -> dict[str, int]:
@@ -67,8 +75,9 @@ class Accounts:
         return {"rounds": self._counts.copy()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the counts."""
-        self._counts = np.array(state["rounds"], np.int32)
+        """Take up the counts; clients that were added since have none."""
+        counts = np.array(state["rounds"], np.int32)
+        self._counts = np.append(counts, np.zeros(len(self._place) - len(counts), np.int32))
 
     def _places(self, cohort: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self._place[name] for name in cohort if name in self._place], np.int64)

@@ -8,34 +8,37 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
 
-from ...clients import sequential
-from ...clients.local_model import LocalModel
-from ...clients.training import LocalTraining, choose_device
-from ...core import flower
-from ...core.errors import RunError
-from ...core.keys import Key
-from ...core.parameters import Arrays, digest, record_of
-from ...experiment import Experiment
-from ...privacy.dpsgd.dpsgd import Loss
-from ...privacy.mechanism import RecordLevelPlan
-from ...server.cohort import CohortSampler
-from ...server.grid import Arrival
-from ...server.progress import Progress, Rules
-from ...server.rounds import RoundLoop
-from ...strategies.fold import Fold
-from ...strategies.local_rule import LocalRule, LocalSession
-from ...strategies.registry import load_strategy, refuse_unserved, take_whole_cohorts
-from ...tasks.registry import find_task
-from ...tasks.task import Examples, SiteData, Task
-from ..accounts import Accounts
-from ..executors import Call, InlineExecutor
-from ..federation import Federation, local_rule, virtual_federation
-from ..grid import VirtualGrid
-from ..plan import Plan, load_clients, make_plan, refuse_what_is_not_offered
-from ..virtual_clock import VirtualClock
+from ....clients import sequential
+from ....clients.local_model import LocalModel
+from ....clients.parts import local_rule
+from ....clients.training import LocalTraining, choose_device
+from ....core import flower
+from ....core.errors import RunError
+from ....core.keys import Key
+from ....core.parameters import Arrays
+from ....experiment import Experiment
+from ....privacy.dpsgd.dpsgd import Loss
+from ....privacy.mechanism import RecordLevelPlan
+from ....server.accounts import Accounts, PopulationAccount, accounts_of
+from ....server.cohort import CohortSampler
+from ....server.grid import Arrival
+from ....server.plan import Plan, make_plan, refuse_what_is_not_offered
+from ....server.progress import Progress, Rules
+from ....server.rounds import RoundLoop
+from ....strategies.fold import Fold
+from ....strategies.local_rule import LocalRule, LocalSession
+from ....strategies.registry import load_strategy, refuse_unserved, take_whole_cohorts
+from ....tasks.registry import find_task
+from ....tasks.task import Examples, SiteData, Task
+from ...executors import Call, InlineExecutor
+from ...federation import Federation, virtual_federation
+from ...grid import VirtualGrid
+from ...plan import load_clients
+from ...virtual_clock import VirtualClock
+from ..replay import addressed
 from .probe import Enough, Probe, ProbedTask, Visit
 
 MOST_SITES = 8
@@ -48,7 +51,12 @@ class Trained:
     """What a few rounds of the round loop left: its visits in order, and what was charged for them."""
 
     visits: list[Visit]
-    accounts: Accounts
+    accounts: Accounts | PopulationAccount
+
+    def rounds(self, site: str) -> int:
+        """Return the rounds that were charged to a site; under client-level privacy all are charged alike."""
+        charged = self.accounts.rounds
+        return charged.get(site, charged.get("all", 0))
 
 
 @dataclass(kw_only=True)
@@ -124,21 +132,9 @@ class Subject:
         """
         visit = Visit(site=site, round=round)
         arrays = self.federation.initial if arrays is None else arrays
-        template = self._template()
-        content = flower.copy_records(template.content)
-        content["arrays"] = record_of(arrays)
-        content["config"] = ConfigRecord(
-            {
-                **content.config_records["config"],
-                "server-round": round,
-                # A server may lie about it, so nothing may hang on it alone.
-                "model-version": digest(self.federation.initial),
-            }
+        message, context = addressed(
+            self._template(), site, round=round, arrays=arrays, initial=self.federation.initial
         )
-        node = flower.node_id(site)
-        message = Message(content, node, "train")
-        flower.set_message_id(message, "1")
-        context = Context(run_id=1, node_id=node, node_config={"name": site}, state=RecordDict(), run_config={})
         visit.message = message
         self.probe.begin(visit, limit=limit, whole=whole)
         # What it is raised through are the kernel's own context managers, which clean up.
@@ -157,7 +153,10 @@ class Subject:
         session: LocalSession,
     ) -> None:
         """Train one round by the kernel, with the engine and the optimizer that the experiment's clients use."""
-        training = replace(self.training, personal=(), frozen=())
+        inputs = next(iter(self.data.values())).train.inputs
+        # That of the run's own model: another model might go with another engine.
+        engine = sequential.dp_engine(self.model, inputs[:2], self.training)
+        training = replace(self.training, personal=(), frozen=(), dp_engine=engine)
         sequential.train(model, loss, examples, training, plan=plan, key=key, session=session)
 
     def _template(self) -> Message:
@@ -170,10 +169,10 @@ class Subject:
         return self._templates[0]
 
     def _train(self) -> Trained:
-        accounts = Accounts(self.mechanisms, epsilon_budget=self.experiment.privacy.epsilon_budget)
+        run, budget = self.experiment.experiment, self.experiment.privacy.epsilon_budget
+        accounts = accounts_of(self.plan, rounds=run.rounds, epsilon_budget=budget)
         executor = _WatchedExecutor(self.federation, self.probe, self._templates)
         grid = VirtualGrid(executor, self.federation.names, clock=VirtualClock.of(self.experiment))
-        run = self.experiment.experiment
         loop = RoundLoop(
             strategy=copy.deepcopy(self.strategy),
             grid=grid,

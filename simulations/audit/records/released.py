@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from ...core import flower
-from ...core.parameters import arrays_of
-from ...strategies.asynchronous import Asynchronous
-from ...strategies.fedavg import COUNT_KEY
-from ..federation import local_rule
-from .finding import Finding
+from ....clients.parts import local_rule
+from ....core import flower
+from ....core.parameters import arrays_of
+from ....strategies.asynchronous import Asynchronous
+from ....strategies.fedavg import COUNT_KEY
+from ..finding import Finding, failed
 from .probe import Visit
 from .subject import Subject
 
@@ -43,10 +43,10 @@ def release(subject: Subject) -> Finding:
         odd += sorted(set(arrays_of(content.array_records["arrays"])) - allowed)
         odd += sorted(set(content.metric_records["metrics"]) - {COUNT_KEY, *rule.reports})
         if odd:
-            return _failed("release", f"{site} sends {odd[0]}, which no mechanism covers", {"tensors": odd})
-        moved = _difference(reply, other)
+            return failed("release", f"{site} sends {odd[0]}, which no mechanism covers", {"tensors": odd})
+        moved = difference(reply, other)
         if moved is not None:
-            return _failed(
+            return failed(
                 "release",
                 f"{moved} of the reply of {site} depends on records past the noised sum",
                 {"site": site, "part": moved},
@@ -68,7 +68,7 @@ def weights(subject: Subject) -> Finding:
     odd = {site: weight for site, weight in found.items() if weight != 1}
     if odd:
         site, weight = next(iter(odd.items()))
-        return _failed("weights", f"{site} has the weight {weight}; under privacy all weigh 1", {"weights": odd})
+        return failed("weights", f"{site} has the weight {weight}; under privacy all weigh 1", {"weights": odd})
     if not found:
         return Finding(name="weights", passed=None, sentence="could not be tried: no site replied")
     return Finding(
@@ -80,13 +80,13 @@ def ledger(subject: Subject) -> Finding:
     """What was charged for a few rounds of the loop is what the kernel did: rounds, and the steps of each."""
     trained = subject.trained()
     ran = {site: sum(len(visit.steps) for visit in trained.visits if visit.site == site) for site in subject.data}
-    charged = {site: plan.accounted_steps(trained.accounts.rounds[site]) for site, plan in subject.mechanisms.items()}
+    charged = {site: plan.accounted_steps(trained.rounds(site)) for site, plan in subject.mechanisms.items()}
     # Who is charged when a message leaves may reply after the last round, or not at all.
     late = isinstance(subject.strategy, Asynchronous) or any(_failed_visit(visit) for visit in trained.visits)
     for site, plan in subject.mechanisms.items():
         bounded = late or plan.accounted_records is not None
         if ran[site] > charged[site] or (ran[site] < charged[site] and not bounded):
-            return _failed(
+            return failed(
                 "ledger",
                 f"the kernel took {ran[site]} steps at {site}, and {charged[site]} were charged",
                 {"site": site, "ran": ran[site], "charged": charged[site]},
@@ -111,7 +111,7 @@ def _decoded(subject: Subject, visit: Visit) -> RecordDict:
     return content if compression is None else compression.decode(visit.message, content)
 
 
-def _difference(one: Message, other: Message) -> str | None:
+def difference(one: Message, other: Message) -> str | None:
     """Return the name of a part in which two replies differ."""
     for name in sorted(set(one.content) | set(other.content)):
         left, right = one.content.get(name), other.content.get(name)
@@ -123,7 +123,3 @@ def _difference(one: Message, other: Message) -> str | None:
         elif left is None or right is None or dict(left) != dict(right):
             return name
     return None
-
-
-def _failed(name: str, sentence: str, figures: dict[str, object]) -> Finding:
-    return Finding(name=name, passed=False, sentence=sentence, figures=figures)

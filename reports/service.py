@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 
 from ..core.errors import InputError
 from ..experiment import Experiment
-from ..server.endpoint import open_endpoint
 from ..server.events import Listener, Notice
-from ..server.federation import RUN, serve
+from ..server.federation.endpoint import open_endpoint
+from ..server.federation.federation import RUN, serve
 from ..server.result import Result
 from ..server.run_directory import RunDirectory
 from .federation import FederationProgress

@@ -19,9 +19,9 @@ from bract.clients.connection.service import Client, Wishes
 from bract.experiment import Experiment
 from bract.privacy.ledger.ledger import Ledger
 from bract.privacy.policy import Policy
-from bract.server.endpoint import open_endpoint
 from bract.server.events import Listening
-from bract.server.federation import serve
+from bract.server.federation.endpoint import open_endpoint
+from bract.server.federation.federation import serve
 from bract.tasks.registry import find_task
 from bract.transport import provisioning
 from bract.transport.authority import Authority

@@ -35,7 +35,6 @@ from bract.reports.federation import FederationProgress
 from bract.reports.log import EventLog
 from bract.reports.prometheus import Exporter
 from bract.server import checkpoint as checkpoints
-from bract.server.announcing import announced
 from bract.server.connections.errands import ClientStatus, Deadlines
 from bract.server.connections.listener import Listener
 from bract.server.events import (
@@ -47,14 +46,15 @@ from bract.server.events import (
     RoundStarted,
     WaitingForClients,
 )
-from bract.server.federation import minimum_of
+from bract.server.federation.announcing import announced
+from bract.server.federation.federation import minimum_of
+from bract.server.federation.membership import Membership
+from bract.server.federation.model import ServerModel
+from bract.server.federation.population import Population, places
+from bract.server.federation.request_grid import RequestGrid
 from bract.server.grid import Exchange, RoundGrid
-from bract.server.membership import Membership
 from bract.server.plan import make_plan
-from bract.server.population import Population, places
-from bract.server.request_grid import RequestGrid
 from bract.server.run_directory import RunDirectory
-from bract.server.server_model import ServerModel
 from bract.strategies.fedavg import FedAvg
 from bract.transport import federation_pb2 as pb
 from bract.transport.greeting import Hello
@@ -399,7 +399,8 @@ def test_a_trusted_server_claims_its_epsilon_and_tells_nobody_who_was_drawn(tmp_
     assert result.guarantee.unit == "client" and result.guarantee.trust.startswith("the server is trusted")
     for owner in owners:
         spending = owner.spending()
-        assert spending.claimed
+        # By chance one of them may never be drawn.
+        assert spending.claimed == (spending.reservations > 0)
     for word in ("cohort", 'seconds"', "bytes", "failed"):
         assert word not in log.getvalue().replace('"event": "run-finished"', ""), word
     assert "bract_tensor_bytes" not in page and "bract_round_seconds" not in page
@@ -686,8 +687,8 @@ def test_wrong_use_is_refused_before_anything_listens(how, tmp_path, monkeypatch
 
 def test_an_address_in_use_leaves_no_folder_behind(tmp_path, monkeypatch):
     first = Served(Experiment.of(tables()), tmp_path / "first")
-    from bract.server.endpoint import open_endpoint
-    from bract.server.federation import serve
+    from bract.server.federation.endpoint import open_endpoint
+    from bract.server.federation.federation import serve
 
     endpoint = open_endpoint(first.address, None, clock=time.time, problem=print)
     with pytest.raises(InputError) as error:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import grpc
 
-from ..core.errors import InputError
-from ..transport.channel import refuse_insecure, split_address
-from ..transport.credentials import server_credentials
-from ..transport.identities import Identity, warn
-from ..transport.peers import admit, peer
-from ..transport.revocation import FILE, Revocations
-from .connections.session import Gatekeeper
+from ...core.errors import InputError
+from ...transport.channel import refuse_insecure, split_address
+from ...transport.credentials import server_credentials
+from ...transport.identities import Identity, warn
+from ...transport.peers import admit, peer
+from ...transport.revocation import FILE, Revocations
+from ..connections.session import Gatekeeper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeGuard
 
-from ..clients.site.request import RunRequest
-from ..core import flower
-from ..core.errors import Refusal
-from ..experiment import Experiment
-from ..privacy.accounting import Relation
-from ..privacy.guarantee import Guarantee, Randomness
-from ..privacy.mechanism import RecordLevelPlan
-from ..privacy.policy import Update
-from ..privacy.release import EvaluationPlan
-from ..transport.greeting import Hello
-from .accounts import Accounts, PopulationAccount, accounts_of
-from .events import Listener
-from .plan import Plan, make_plan, planned_releases, record_level_plans, record_table
-from .server_model import ServerModel
+from ...clients.site.request import RunRequest
+from ...core import flower
+from ...core.errors import Refusal
+from ...experiment import Experiment
+from ...privacy.accounting import Relation
+from ...privacy.guarantee import Guarantee, Randomness
+from ...privacy.mechanism import RecordLevelPlan
+from ...privacy.policy import Update
+from ...privacy.release import EvaluationPlan
+from ...transport.greeting import Hello
+from ..accounts import Accounts, PopulationAccount, accounts_of
+from ..events import Listener
+from ..plan import Plan, make_plan, planned_releases, record_level_plans, record_table
+from .model import ServerModel
 
 # What a site takes on at most, and what an accountant counts in no time.
 _MOST_STEPS = 10**6

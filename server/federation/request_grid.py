@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from ..clients.site.request import CONFIG, PREFIX, VERSION_KEY, RunRequest
-from ..core.parameters import arrays_of, digest
-from ..strategies.fold import Fold
-from .grid import Exchange, RoundGrid
+from ...clients.site.request import CONFIG, PREFIX, VERSION_KEY, RunRequest
+from ...core.parameters import arrays_of, digest
+from ...strategies.fold import Fold
+from ..grid import Exchange, RoundGrid
 
 
 class RequestGrid(RoundGrid):

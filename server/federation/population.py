@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from .connections.listener import Listener as Connections
-from .events import Listener, WaitingForClients
+from ..connections.listener import Listener as Connections
+from ..events import Listener, WaitingForClients
+from ..run_directory import RunDirectory
 from .membership import Membership
-from .run_directory import RunDirectory
 
 FILE = "private/population.json"
 MEMBERS = "private/members.json"

@@ -10,15 +10,15 @@ import numpy as np
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from ..clients.local_model import build_module
-from ..clients.parts import app_module, local_model, local_rule
-from ..core.parameters import Layout
-from ..experiment import Experiment
-from ..strategies.compression import Compression
-from ..strategies.local_rule import PLAIN, LocalRule, arrays_like
-from ..tasks.registry import find_task
-from .traffic import Traffic, traffic_of
-from .trained_model import load_tensors_into
+from ...clients.local_model import build_module
+from ...clients.parts import app_module, local_model, local_rule
+from ...core.parameters import Layout
+from ...experiment import Experiment
+from ...strategies.compression import Compression
+from ...strategies.local_rule import PLAIN, LocalRule, arrays_like
+from ...tasks.registry import find_task
+from ..traffic import Traffic, traffic_of
+from ..trained_model import load_tensors_into
 
 if TYPE_CHECKING:
     from torch import nn

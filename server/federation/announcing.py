@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..core import toml
-from ..experiment import Experiment
+from ...core import toml
+from ...experiment import Experiment
 
 # Tables and keys that say nothing to a site, or where something lies on the server's disk.
 _OWN_TABLES = {"simulation", "server"}

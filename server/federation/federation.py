@@ -12,32 +12,32 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from ..clients.training import reproducible
-from ..core import flower
-from ..core.errors import BractError, InputError
-from ..core.keys import Key
-from ..experiment import Experiment
-from ..strategies.asynchronous import Asynchronous
-from ..transport.announcement import Announcement
-from ..transport.wire import Limits
-from . import checkpoint as checkpoints
+from ...clients.training import reproducible
+from ...core import flower
+from ...core.errors import BractError, InputError
+from ...core.keys import Key
+from ...experiment import Experiment
+from ...strategies.asynchronous import Asynchronous
+from ...transport.announcement import Announcement
+from ...transport.wire import Limits
+from .. import checkpoint as checkpoints
+from ..connections.errands import Deadlines
+from ..connections.federation_grid import FederationGrid
+from ..connections.listener import Listener as Connections
+from ..events import ClientNoticed, Listener, Listening, Notice
+from ..interrupt import graceful_interrupt
+from ..manifest import SiteRecords, manifest, origin_of, refuse_changed
+from ..progress import Progress
+from ..result import Result
+from ..run import TrainingRun
+from ..run_directory import RunDirectory
+from ..setting import Setting
 from .announcing import announced
-from .connections.errands import Deadlines
-from .connections.federation_grid import FederationGrid
-from .connections.listener import Listener as Connections
 from .endpoint import Endpoint
-from .events import ClientNoticed, Listener, Listening, Notice
-from .interrupt import graceful_interrupt
-from .manifest import SiteRecords, manifest, origin_of, refuse_changed
 from .membership import Membership, counts_clients
+from .model import ServerModel
 from .population import Population
-from .progress import Progress
 from .request_grid import RequestGrid
-from .result import Result
-from .run import TrainingRun
-from .run_directory import RunDirectory
-from .server_model import ServerModel
-from .setting import Setting
 
 RUN = "private/federation.json"
 STOPPED = "the server was stopped and goes on later; come back"

@@ -67,7 +67,7 @@ def test_an_exhausted_budget_is_exit_3(folder):
     assert 0 < record["rounds"] < 50 and record["guarantee"]["epsilon"] <= 1.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_signal_is_exit_130_with_a_checkpoint_and_says_how_to_go_on(folder, number):
     child = subprocess.Popen(
         [sys.executable, "-m", "bract", "simulate", "tiny.toml", "--out", "run", "--set", "experiment.rounds=3000"],

@@ -312,6 +312,7 @@ def test_a_process_joins_by_its_certificate_trains_and_is_stopped(owner: Owner, 
     assert owner.spending().reservations == 1
 
 
+@pytest.mark.soak
 def test_a_client_that_is_killed_in_training_goes_on_and_is_charged_once(owner: Owner) -> None:
     hold, training = owner.folder / "hold", owner.folder / "training"
     with Server() as server:

@@ -208,6 +208,7 @@ def test_the_published_files() -> None:
     assert (float(pixels.mean()), float(pixels.std())) == pytest.approx((0.2860, 0.3530), abs=1e-4)
 
 
+@pytest.mark.soak
 def test_the_benchmark_prints_the_peers_line(folder: Path, tmp_path: Path) -> None:
     flags = ["--model=mlp", "--clients=12", "--cohort=3", "--rounds=1", "--threads=1"]
     other = tmp_path / "other.py"

@@ -69,6 +69,7 @@ print("sha", result.model_sha256, flush=True)
 """
 
 
+@pytest.mark.soak
 def test_a_killed_run_ends_with_the_same_bytes(tiny, tmp_path):
     """SIGKILL in the midst of a step, in a real process."""
     keys = BUFF | PRIVATE | {"server.checkpoint_every": 0.0, "experiment.rounds": 12}

@@ -139,6 +139,7 @@ def test_seeded_clients_make_the_model_that_a_simulation_makes_and_protect_nobod
     assert result.guarantee.randomness == "seed" and "protects nobody" in result.guarantee.excludes[0]
 
 
+@pytest.mark.soak
 def test_a_server_that_is_killed_and_stopped_goes_on_and_nobody_trains_twice(tmp_path, owners):
     slow = tables(experiment__rounds=30, server__evaluate_every=10)
     quiet = Served(Experiment.of(slow), tmp_path / "quiet")

@@ -875,10 +875,10 @@ def test_packed_trees_come_back_and_run_nothing() -> None:
 
 
 def test_torch_is_left_as_it_was(owner: Owner) -> None:
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with owner.open() as site:
         site.handle(message_of(model_of(site)))
-    assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
 def test_a_model_that_takes_no_record_of_zeros_is_refused(owner: Owner) -> None:

@@ -126,7 +126,7 @@ def site_table(run: RunView) -> dict[str, Any] | None:
     rows = [
         [
             words.printable(name),
-            words.count(run.sites[name].test_records or 0) if name in run.sites else words.DASH,
+            _test_records(run, name),
             words.number(site.scores.accuracy),
             *([words.number(site.scores.auc)] if areas else []),
         ]
@@ -240,6 +240,12 @@ def _literal(value: Any) -> str:
             "{}" if not value else "{ " + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + " }"
         )
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _test_records(run: RunView, name: str) -> str:
+    """Return how many test records a site has; a real one does not say."""
+    site = run.sites.get(name)
+    return words.DASH if site is None or site.test_records is None else words.count(site.test_records)
 
 
 def _spread(columns: Mapping[str, Sequence[float | None]]) -> list[list[str]]:

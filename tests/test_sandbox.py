@@ -78,7 +78,8 @@ def test_a_run_under_kills_ends_in_the_simulation_s_model_and_charges_each_ledge
             # Four rounds, and the release of metrics.
             assert (spending.runs, spending.reservations) == (1, 5)
             assert not ledger.verify()
-    assert (tmp_path / "run" / "report.html").exists()
+    # A real site does not say how many test records it has.
+    assert "client-0001</th><td>\N{EN DASH}</td>" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.soak

@@ -41,7 +41,8 @@ class SiteTable(_Table):
 class DataTable(_Table):
     """[data.NAME]: `records` is the declared number of training records, public; without `epsilon` there is no budget.
 
-    `path` starts at the folder of the policy file; it may be left out where the data's place is given otherwise.
+    `path` starts at the folder of the policy file; it may be left out where the data's place is given otherwise. `task`
+    holds the task's options, which are the owner's: they say how the data are read.
     """
 
     path: str | None = None
@@ -50,6 +51,7 @@ class DataTable(_Table):
     relation: Relation = "zero-out"
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    task: dict[str, Any] = {}
     node_config: dict[str, bool | int | float | str] = {}
 
     def budget(self, name: str) -> DataSetBudget | None:

@@ -74,7 +74,8 @@ class Owner:
         write_table(self.folder / "d.csv", self.rows)
         # By the default split a part of them is kept for testing.
         trained = find_task(Experiment.of(tables())).site(self.folder / "d.csv").train
-        self.data = {"path": "d.csv", "records": len(trained), "epsilon": 50.0, "delta": 1e-5}
+        read = {key: value for key, value in TABLES["task"].items() if key != "name"}
+        self.data = {"path": "d.csv", "records": len(trained), "epsilon": 50.0, "delta": 1e-5, "task": read}
         self.allow = {
             "tasks": ["tabular"],
             "strategies": ["fedavg"],
@@ -245,4 +246,8 @@ def address_in(run: Path, seconds: float = 60) -> str:
 
 
 def _lines(table) -> list[str]:
-    return [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return [f"{key} = {_value(value)}" for key, value in table.items()]
+
+
+def _value(value) -> str:
+    return "{" + ", ".join(_lines(value)) + "}" if isinstance(value, dict) else json.dumps(value)

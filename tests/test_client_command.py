@@ -24,7 +24,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from bract.cli.main import main
 from bract.clients.connection.patience import Backoff, Patience
-from bract.clients.connection.proposal import pinned, proposed, refuse_another, refuse_unlisted
+from bract.clients.connection.proposal import (
+    pinned,
+    proposed,
+    refuse_another,
+    refuse_foreign_options,
+    refuse_unlisted,
+)
 from bract.clients.connection.screen import Screen
 from bract.clients.connection.service import Client, Wishes
 from bract.clients.site.request import RunRequest
@@ -436,6 +442,43 @@ def test_what_is_the_owners_or_the_servers_is_left_out() -> None:
     )
     assert (experiment.task.own, experiment.train.device, experiment.server.quorum) == ({}, "cpu", 0.5)
     assert (experiment.clients.partitioner, experiment.simulation.workers) == ("natural", "auto")
+
+
+TABULAR = """
+[task]
+name = "tabular"
+target = "{target}"
+positive = "yes"
+[task.features]
+age = {{ range = [18, 100] }}
+"""
+OWNERS_TABLE = """
+[data.lines]
+records = 20
+[data.lines.task]
+target = "readmitted"
+positive = "yes"
+[data.lines.task.features]
+age = { range = [18, 100] }
+[allow]
+tasks = ["tabular"]
+strategies = ["fedavg"]
+"""
+
+
+def test_how_the_data_are_read_is_the_owners_to_say() -> None:
+    policy = Policy.of(tomllib.loads(OWNERS_TABLE))
+    agreed = announced(TABULAR.format(target="readmitted"), OWNERS_TABLE)
+    refuse_foreign_options(agreed, policy, "lines")
+    # Whether a site opens with this target depends on who is in its table, and nothing would be charged.
+    probing = announced(TABULAR.format(target="name"), OWNERS_TABLE)
+    with pytest.raises(Refusal, match=r'task.target the server says "name".*\[data.lines.task\]'):
+        refuse_foreign_options(probing, policy, "lines")
+    for text in (TABULAR.format(target="readmitted") + "[task.more]\nfold = 1\n", '[task]\nname = "tabular"\n'):
+        with pytest.raises(Refusal, match="is the owner's to say"):
+            refuse_foreign_options(announced(text, OWNERS_TABLE), policy, "lines")
+    with pytest.raises(Refusal, match=r"task\.features"):
+        refuse_foreign_options(agreed, Policy.of(tomllib.loads(POLICY)), "lines")
 
 
 APP = '[task]\nmodel = "own:net"\n[clients]\napp = "own:app"\ncount = 1\n'

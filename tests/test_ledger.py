@@ -352,6 +352,23 @@ def test_train_and_test_records_are_counted_apart_and_the_largest_counts(ledger:
     assert spending.counted == "test: sum; train: sum"
 
 
+def test_once_the_data_or_their_split_changed_train_and_test_count_together(ledger: Ledger) -> None:
+    train = replace(PURE, epsilon=0.25, part="train")
+    plan = RunPlan(digest="train", events=(Planned(phase="train", event=train, times=2),))
+    for number in range(2):
+        answer(ledger, request(number, plan=plan, event=train))
+    # A record of the training may now be one of the test: a fold that moved, say.
+    changed = {"run": "later", "phase": "evaluate", "event": PURE, "data_digest": "another split"}
+    longer = RunPlan(digest="longer", events=(Planned(phase="evaluate", event=PURE, times=5),))
+    later = RunPlan(digest="later", events=(Planned(phase="evaluate", event=PURE, times=4),))
+    refused("budget-exhausted", lambda: ledger.reserve(request(100, plan=longer, **changed)))
+    assert ledger.spending("heart").spent == 0.5
+    for number in range(4):
+        answer(ledger, request(101 + number, plan=later, **changed))
+    assert ledger.spending("heart").spent == 1.0
+    assert ledger.spending("heart").counted.startswith("train and test together")
+
+
 def test_what_a_server_claims_is_counted_once_a_run_and_marked(ledger: Ledger) -> None:
     claim = Claimed(epsilon=0.4, delta=1e-6, relation="zero-out")
     for number in range(5):
@@ -627,6 +644,8 @@ def test_an_older_copy_is_refused_by_what_the_server_has_seen(ledger: Ledger, st
     fresh = Ledger.create(tmp_path / "fresh")
     refused("ledger-rolled-back", lambda: fresh.refuse_rollback(seen[0]))
     refused("ledger-rolled-back", lambda: fresh.refuse_rollback(Head(sequence=1, mac=seen[0].mac)))
+    for number in (2**63, 2**200, -(2**63) - 1):
+        refused("ledger-rolled-back", lambda number=number: fresh.refuse_rollback(Head(sequence=number, mac="00")))
 
 
 # Where it cannot write, nothing is trained.

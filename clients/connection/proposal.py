@@ -96,6 +96,29 @@ def refuse_unlisted(experiment: Experiment, policy: Policy) -> None:
         _refuse_texts(policy, "strategy", strategy.own)
 
 
+def refuse_foreign_options(experiment: Experiment, policy: Policy, data: str) -> None:
+    """Raise Refusal unless the task's options are the owner's, which stand in the policy's [data.NAME.task].
+
+    They choose columns, classes and the split, and whether a site opens under them depends on its records: a server
+    that chose them could ask about any record, and pay nothing.
+    An app reads its data by itself.
+    """
+    if experiment.clients.app is not None:
+        return
+    here, there = policy.data[data].task, experiment.task.own
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) == there.get(key):
+            continue
+        asked = "leaves it out" if key not in there else f"says {shown(in_toml(there[key]), 200)}"
+        raise policy.refusal(
+            "data",
+            data,
+            "task",
+            why=f"how the data are read is the owner's to say, and for task.{shown(key, 60)} the server {asked}",
+            write=f"[data.{data}.task] with the options that were agreed, or give --experiment FILE",
+        )
+
+
 def _refuse_texts(policy: Policy, table: str, options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if key in policy.allow.options or _is_plain(value):

@@ -31,7 +31,7 @@ from ..training import choose_device
 from .describe import describe
 from .link import Link
 from .patience import Backoff, Patience
-from .proposal import pinned, proposed, refuse_another, refuse_unlisted
+from .proposal import pinned, proposed, refuse_another, refuse_foreign_options, refuse_unlisted
 from .screen import Screen
 from .stream import Shown
 from .watched import Watched
@@ -193,9 +193,11 @@ class Client:
 
     def _experiment(self, said: Announcement) -> Experiment:
         experiment = proposed(said.experiment, folder=self._folder, device=self._wishes.device)
+        refuse_unlisted(experiment, self._wishes.policy)
         if self._expected is not None:
             refuse_another(experiment, self._expected)
-        refuse_unlisted(experiment, self._wishes.policy)
+        else:
+            refuse_foreign_options(experiment, self._wishes.policy, self._data)
         return experiment
 
     def _connected(self, said: Announcement) -> None:

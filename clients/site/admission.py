@@ -19,7 +19,7 @@ from ...privacy.policy import LARGEST_CLIPPING_NORM, SMALLEST_CLIPPING_NORM, Pol
 from ...privacy.release import EvaluationPlan
 from .request import MessageRequest, Phase, RunRequest
 
-_MOST_STEPS = 10**6
+_MOST_STEPS = 10**5
 """Of a run: with more, accountants take minutes and then for ever, and a server could hang a site by asking."""
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Counts = dict[Part, Counter[Event]]
 
+TOGETHER = "train and test together, as the data or their split have changed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSetBudget:
@@ -114,7 +116,7 @@ class Spending:
     delta: float
     spent: float
     left: float
-    parts: Mapping[Part, Figure]
+    parts: Mapping[str, Figure]
     claimed: bool
     runs: int
     reservations: int
@@ -157,6 +159,7 @@ class Book:
     charged: dict[str, Counts] = field(default_factory=dict)
     first: dict[str, Counts] = field(default_factory=dict)
     claims: set[tuple[str, str, Event]] = field(default_factory=set)
+    digests: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
         """Take in the next entry; ValueError, KeyError or TypeError if it is no entry of a ledger."""
@@ -199,10 +202,16 @@ class Book:
         )
         budget = self.budgets[request.data_set]
         charged, first = self.charged.get(request.data_set, {}), self.first.get(request.data_set, {})
+        if begun:
+            # A claim covers a whole run.
+            asked = {
+                part: Counter({each: n for each, n in events.items() if not self._claimed_before(request, each)})
+                for part, events in asked.items()
+            }
+        if self._moved(request.data_set, request.data_digest) and len({*charged, *asked}) > 1:
+            events = _together(charged) + _together(asked)
+            return fits(events, Counter(), epsilon=budget.epsilon, delta=budget.delta)
         for part, events in asked.items():
-            if begun:
-                # A claim covers a whole run.
-                events = Counter({each: n for each, n in events.items() if not self._claimed_before(request, each)})
             planned = first.get(part, events)
             if not fits(charged.get(part, Counter()) + events, planned, epsilon=budget.epsilon, delta=budget.delta):
                 return False
@@ -215,13 +224,17 @@ class Book:
         return len({isinstance(event, Claimed) for event in known}) > 1
 
     def spending(self, data_set: str) -> Spending:
-        """Return what a data set has spent; the largest of its parts counts."""
+        """Return what a data set has spent: the largest of its parts, or both together once the data have changed."""
         budget = self.budgets[data_set]
         charged, first = self.charged.get(data_set, {}), self.first.get(data_set, {})
-        parts = {
-            part: spent(events, first.get(part, {}), epsilon=budget.epsilon, delta=budget.delta)
-            for part, events in sorted(charged.items())
-        }
+        parts: dict[str, Figure]
+        if self._moved(data_set) and len(charged) > 1:
+            parts = {TOGETHER: spent(_together(charged), {}, epsilon=budget.epsilon, delta=budget.delta)}
+        else:
+            parts = {
+                part: spent(events, first.get(part, {}), epsilon=budget.epsilon, delta=budget.delta)
+                for part, events in sorted(charged.items())
+            }
         most = max((figure.epsilon for figure in parts.values()), default=0.0)
         return Spending(
             data_set=data_set,
@@ -236,6 +249,10 @@ class Book:
             runs=sum(name == data_set for name, _ in self.plans),
             reservations=sum(held.data_set == data_set for held in self.reserved.values()),
         )
+
+    def _moved(self, data_set: str, digest: str | None = None) -> bool:
+        """Return whether the records, or their split, have changed: one may then have been in both parts."""
+        return len(self.digests.get(data_set, set()) | ({digest} if digest is not None else set())) > 1
 
     def _plan(self, data_set: str, run: str, plan: RunPlan) -> None:
         self.plans[data_set, run] = plan
@@ -252,6 +269,7 @@ class Book:
         self.reserved[sequence] = held
         names = ("data_set", "run", "model_version", "phase", "message_digest", "data_digest")
         self.by_content[tuple(body[name] for name in names)] = sequence
+        self.digests.setdefault(held.data_set, set()).add(body["data_digest"])
         self.by_message.setdefault((held.data_set, held.run, held.message_id), []).append(sequence)
         if isinstance(event, Claimed):
             if (held.data_set, held.run, event) in self.claims:
@@ -269,6 +287,10 @@ def _counted(*drawn: tuple[Event, int]) -> Counts:
         # A claim covers a whole run, however many messages carry it.
         counts.setdefault(event.part, Counter())[event] += 1 if isinstance(event, Claimed) else times
     return counts
+
+
+def _together(counts: Mapping[Part, Counter[Event]]) -> Counter[Event]:
+    return sum(counts.values(), Counter())
 
 
 def _finite(epsilon: float) -> float | None:

@@ -165,7 +165,9 @@ class Ledger:
         """Raise Refusal unless this ledger holds the entry that the server has seen: else an older copy is back."""
         with self._reading():
             latest = self._book.sequence
-            row = self._connection.execute("SELECT mac FROM entries WHERE sequence = ?", (head.sequence,)).fetchone()
+            # A server may say any number; SQLite takes 64 bits.
+            known = min(max(head.sequence, -1), latest)
+            row = self._connection.execute("SELECT mac FROM entries WHERE sequence = ?", (known,)).fetchone()
         if head.sequence > latest:
             raise Refusal(
                 "ledger-rolled-back",

@@ -1,8 +1,9 @@
 """How the events of one data set compose: within the plan that came first, and across runs chosen after seeing results.
 
 The owner fixes (epsilon, delta). Each part of a data set ("train", "test") is counted on its own and the largest
-counts, since a record is in one part only (McSherry 2009, theorem 4; under replace-one the record keeps its part). What
-a part has drawn, C, is admitted by any one of three rules:
+counts, since a record is in one part only (McSherry 2009, theorem 4; under replace-one the record keeps its part). Once
+the digest of a data set has changed, a record may have been in both: the book then counts the parts as one, with no
+first plan. What a part has drawn, C, is admitted by any one of three rules:
 
 1. C lies within P, the plan of the run that touched the part first (event by event, whichever run drew it). P was fixed
    before anything was seen, so the privacy loss distribution of this multiset counts, in whatever order and under

@@ -105,6 +105,9 @@ def policy_of(
     # A site takes texts of a server's file to code that is not bract's only where the owner names their keys.
     texts = {*experiment.task.own, *experiment.strategy.own, *experiment.clients.run_config}
     apps = [app, experiment.task.model] if app else []
+    options = {key: value for key, value in experiment.task.own.items() if key != "data"}
+    if options and not app:
+        table["task"] = options
     if budget is not None:
         table |= {"epsilon": budget[0], "delta": budget[1]}
     return {

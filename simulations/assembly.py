@@ -22,7 +22,8 @@ from ..server.plan import Plan, make_plan, refuse_too_few_clients
 from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
-from .executors import Executor, InlineExecutor
+from .executors.executor import Executor, InlineExecutor
+from .executors.workers import WorkerPool
 from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
 from .plan import load_clients
@@ -30,7 +31,6 @@ from .recipe import Recipe
 from .shared_data import SharedData
 from .sizing import worker_count
 from .virtual_clock import VirtualClock
-from .workers import WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)

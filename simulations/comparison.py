@@ -26,7 +26,7 @@ from ..server.plan import make_plan
 from ..server.progress import Progress, Rules
 from ..server.rounds import RoundLoop
 from ..tasks.task import Examples, SiteData, Task
-from .executors import InlineExecutor
+from .executors.executor import InlineExecutor
 from .federation import Federation, virtual_federation
 from .grid import VirtualGrid
 from .virtual_clock import VirtualClock

@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from ..core import flower
 from ..server.grid import Arrival, Exchange, RoundGrid
 from ..strategies.fold import Fold
-from .executors import Call, Executor
+from .executors.executor import Call, Executor
 from .virtual_clock import VirtualClock
 
 

@@ -20,7 +20,7 @@ from bract.server.evaluation import evaluate
 from bract.server.plan import make_plan
 from bract.server.progress import Progress, Rules
 from bract.server.rounds import RoundLoop
-from bract.simulations.executors import InlineExecutor
+from bract.simulations.executors.executor import InlineExecutor
 from bract.simulations.federation import Federation, virtual_federation
 from bract.simulations.grid import VirtualGrid
 from bract.tasks.classification import Classification

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from bract.core import flower
 from bract.core.parameters import arrays_of, record_of
-from bract.simulations.executors import InlineExecutor
+from bract.simulations.executors.executor import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 
 # What a client makes of the model it received, in the round of this number.

@@ -24,7 +24,7 @@ from bract.server.events import ClientReplied, Notice, RoundFinished, RoundStart
 from bract.server.grid import FlowerGrid
 from bract.server.progress import Progress, Rules
 from bract.server.rounds import RoundLoop
-from bract.simulations.executors import InlineExecutor
+from bract.simulations.executors.executor import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.fedavg import FedAvg
 from bract.strategies.fedbuff import FedBuff

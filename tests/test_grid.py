@@ -13,7 +13,7 @@ from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
 from bract.server.cohort_grid import CohortGrid
 from bract.server.grid import FlowerGrid
-from bract.simulations.executors import InlineExecutor
+from bract.simulations.executors.executor import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.fold import WeightedSum
 

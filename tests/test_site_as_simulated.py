@@ -33,7 +33,7 @@ from bract.server.grid import Arrival, Exchange, RoundGrid
 from bract.server.plan import make_plan
 from bract.server.progress import Progress, Rules
 from bract.server.rounds import RoundLoop
-from bract.simulations.executors import InlineExecutor
+from bract.simulations.executors.executor import InlineExecutor
 from bract.simulations.federation import virtual_federation
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.compression import Compression

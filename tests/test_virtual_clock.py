@@ -12,7 +12,7 @@ from bract.core.parameters import Layout, arrays_of, record_of
 from bract.core.ring import Ring
 from bract.server import checkpoint as checkpoints
 from bract.server.checkpoint import Checkpoint
-from bract.simulations.executors import InlineExecutor
+from bract.simulations.executors.executor import InlineExecutor
 from bract.simulations.grid import VirtualGrid
 from bract.strategies.fold import WeightedSum
 

@@ -15,7 +15,7 @@ from ....core.parameters import Layout, arrays_of, record_of
 from ....server.grid import Arrival
 from ....strategies.fedavg import COUNT_KEY
 from ....strategies.fold import Fold
-from ...executors import Call
+from ...executors.executor import Call
 
 Vector = NDArray[np.float64]
 

@@ -22,7 +22,7 @@ from ....server.setting import Setting
 from ....strategies.fold import Fold
 from ....tasks.task import Task
 from ...assembly import Assembly
-from ...executors import Call, InlineExecutor
+from ...executors.executor import Call, InlineExecutor
 from ...federation import Federation
 from ...grid import VirtualGrid
 from ...run import Simulation

@@ -33,7 +33,7 @@ from ....strategies.local_rule import LocalRule, LocalSession
 from ....strategies.registry import load_strategy, refuse_unserved, take_whole_cohorts
 from ....tasks.registry import find_task
 from ....tasks.task import Examples, SiteData, Task
-from ...executors import Call, InlineExecutor
+from ...executors.executor import Call, InlineExecutor
 from ...federation import Federation, virtual_federation
 from ...grid import VirtualGrid
 from ...plan import load_clients

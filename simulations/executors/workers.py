@@ -20,17 +20,17 @@ from types import ModuleType
 
 from flwr.app import Message, RecordDict
 
-from ..core import flower
-from ..server.grid import Arrival
-from ..strategies.fold import Fold, Total
-from .executors import Call
-from .recipe import Recipe
+from ...core import flower
+from ...server.grid import Arrival
+from ...strategies.fold import Fold, Total
+from ..recipe import Recipe
+from .executor import Call
 from .worker_process import Chunk, Order, Outcome, work
 
 # A call that ends this many workers is taken for a failure of that client.
 MOST_DEATHS = 2
 CHUNKS_PER_WORKER = 4
-PRELOAD = ["bract.simulations.worker_process"]
+PRELOAD = ["bract.simulations.executors.executor.worker_process"]
 
 Orders = tuple[Order, ...]
 

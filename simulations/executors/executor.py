@@ -14,10 +14,10 @@ from typing import Protocol
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from ..clients.gate import release_error
-from ..core import flower
-from ..server.grid import Arrival
-from ..strategies.fold import Fold
+from ...clients.gate import release_error
+from ...core import flower
+from ...server.grid import Arrival
+from ...strategies.fold import Fold
 
 
 @dataclass(frozen=True, kw_only=True)

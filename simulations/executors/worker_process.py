@@ -13,12 +13,12 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from ..core import flower
-from ..core.errors import RunError
-from ..server.grid import fold_in
-from ..strategies.fold import Fold, Total
-from .executors import Call, answer
-from .recipe import Recipe
+from ...core import flower
+from ...core.errors import RunError
+from ...server.grid import fold_in
+from ...strategies.fold import Fold, Total
+from ..recipe import Recipe
+from .executor import Call, answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Outcome:
 
 def work(connection: Connection, recipe: Recipe) -> None:
     """Serve chunks until the other end closes; what a chunk's client raises is that client's failure."""
-    from ..clients.training import reproducible
+    from ...clients.training import reproducible
 
     # Ctrl-C reaches the whole group of processes; the main process decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,1 @@
+"""How virtual clients train: many at once where the model allows it, tested against the sequential kernel."""

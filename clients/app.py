@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,9 @@ PERSONAL = "personal"
 class Site:
     """One data owner: its records, its secret key, and the mechanisms that cover what it releases.
 
-    `plan` noises each of its steps, `local` its whole update; `evaluation` is None where no metrics may leave.
+    `plan` noises each of its steps, `local` its whole update; `evaluation` is None where no metrics may leave. Whether
+    code raises may follow from one record: with `hide`, which is told, such a record counts as zero under a plan, and
+    as the lowest score where metrics are noised.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Site:
     plan: RecordLevelPlan | None
     evaluation: EvaluationPlan | None
     local: LocalPlan | None = None
+    hide: Callable[[Exception], None] | None = None
 
 
 def client_app(
@@ -89,7 +92,9 @@ def client_app(
             train=train_again,
         )
         session = rule.session(round)
-        sequential.train(model, task.loss, records, training, plan=site.plan, key=key, session=session)
+        sequential.train(
+            model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide
+        )
         update, personal = model.shared_arrays(), model.personal_arrays()
         if site.local is not None:
             update = _noised(site.local, gate, shared, update, key)
@@ -115,7 +120,10 @@ def client_app(
         kept = kept_of(context.state, (PERSONAL, *rule.keeps))
         model.load(shared, kept.get(PERSONAL))
         rule.adopt(model.shared, kept)
-        probabilities = sequential.predict(model, task.probabilities, site.data.test.inputs)
+        hide = None if site.evaluation.epsilon is None else site.hide
+        probabilities = sequential.predict(
+            model, task.probabilities, site.data.test.inputs, classes=site.evaluation.classes, hide=hide
+        )
         counts = histogram(probabilities, site.data.test.targets, site.evaluation)
         key = _message_key(site, message, "evaluate", {"shared": shared}, kept)
         return gate.release_histogram(message, release(counts, site.evaluation, key.stream()))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, RunError
 from ..core.keys import Key, Stream
 from ..privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
 from ..privacy.dpsgd.dpsgd import DPSGD, poisson_batches
@@ -20,6 +20,7 @@ from .memory_format import prefers_channels_last
 from .training import LocalTraining
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Hide = Callable[[Exception], None]
 
 
 def train(
@@ -31,10 +32,12 @@ def train(
     plan: RecordLevelPlan | None,
     key: Key,
     session: LocalSession | None = None,
+    hide: Hide | None = None,
 ) -> None:
     """Train the module in place for one round, with DP-SGD if there is a plan; `session` corrects each gradient.
 
     All randomness comes from `key`: batches, noise, and the seed of torch's generator (dropout), which is put back.
+    With `hide`, an example on which the model or the loss raises under a plan counts as zero, and `hide` is told.
     """
     correct = session.correct if session else _leave
     model.module.train()
@@ -51,7 +54,7 @@ def train(
                 correct()
                 optimizer.step()
         else:
-            with _private(model, examples, training, plan, key.child("noise").stream(), correct) as private:
+            with _private(model, examples, training, plan, key.child("noise").stream(), correct, hide) as private:
                 # Opacus' per-example gradients of convolutions are wrong for channels-last inputs.
                 booked = isinstance(private, BookKeeping)
                 order = _memory_format(model, examples) if booked else torch.contiguous_format
@@ -83,22 +86,55 @@ def _private(
     plan: RecordLevelPlan,
     noise: Stream,
     correct: Callable[[], None],
+    hide: Hide | None,
 ) -> BookKeeping | DPSGD:
     if dp_engine(model, examples.inputs[:2], training) == "bookkeeping":
         optimizer = training.make_optimizer(model.parameters)
-        return BookKeeping(model.module, optimizer, plan=plan, noise=noise, correct=correct)
+        return BookKeeping(model.module, optimizer, plan=plan, noise=noise, correct=correct, hide=hide)
     wrapped = training.make_torch_optimizer(model.parameters)
-    return DPSGD(model.module, wrapped, plan=plan, noise=noise, correct=correct)
+    return DPSGD(model.module, wrapped, plan=plan, noise=noise, correct=correct, hide=hide)
 
 
 @torch.no_grad()
-def predict(model: LocalModel, probabilities: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Return the probabilities [n, classes] of inputs [n, ...], on the CPU."""
+def predict(
+    model: LocalModel,
+    probabilities: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    *,
+    classes: int,
+    hide: Hide | None = None,
+) -> Tensor:
+    """Return the probabilities [n, classes] of inputs [n, ...], on the CPU.
+
+    With `hide`, an example on which the model raises has NaN for all of them, and `hide` is told.
+    """
     model.module.eval()
-    outputs = [
-        probabilities(model.module(batch.to(model.device))).float().cpu() for batch in inputs.split(1024) if len(batch)
-    ]
-    return torch.cat(outputs) if outputs else torch.zeros(0, 0)
+
+    def of(batch: Tensor) -> Tensor:
+        found = probabilities(model.module(batch.to(model.device))).float().cpu()
+        if found.shape != (len(batch), classes):
+            shape = list(found.shape)
+            raise RunError("plugin-invalid", f"task.probabilities: {shape}, not [{len(batch)}, {classes}]")
+        return found
+
+    def singly(batch: Tensor) -> Iterator[Tensor]:
+        for one in batch.split(1):
+            try:
+                yield of(one)
+            except Exception as error:  # what a model raises may follow from this record
+                assert hide is not None
+                hide(error)
+                yield torch.full((1, classes), torch.nan)
+
+    outputs: list[Tensor] = []
+    for batch in inputs.split(1024) if len(inputs) else ():
+        try:
+            outputs.append(of(batch))
+        except Exception:
+            if hide is None:
+                raise
+            outputs.extend(singly(batch))
+    return torch.cat(outputs) if outputs else torch.zeros(0, classes)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ MOST_SITES = 10
 def scores(local: LocalModel, task: Task, arrays: Arrays, examples: Examples) -> dict[str, float | None]:
     """Return the task's metrics on examples, exactly, and the mean `loss`; None for what they do not support."""
     local.load(arrays)
-    probabilities = sequential.predict(local, task.probabilities, examples.inputs)
+    probabilities = sequential.predict(local, task.probabilities, examples.inputs, classes=len(task.classes))
     result: dict[str, float | None] = {}
     for name, metric in task.metrics().items():
         supported = len(examples) > 0 and (name != "auc" or len(examples.targets.unique()) > 1)

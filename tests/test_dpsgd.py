@@ -57,12 +57,13 @@ def one_step(
     key: Key = KEY,
     steps: int = 1,
     per_example: object = loss,
+    **how: Any,
 ) -> list[Tensor]:
     """Return what a step subtracts from each parameter times the denominator: the noised clipped sum."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
-    with Engine(module, optimizer, plan=plan, noise=key.child("noise").stream()) as private:
+    with Engine(module, optimizer, plan=plan, noise=key.child("noise").stream(), **how) as private:
         for _ in range(steps):
             private.step(inputs, targets, per_example)  # type: ignore[arg-type]
     return [(old - new.detach()) * plan.expected_batch for old, new in zip(before, parameters, strict=True)]
@@ -306,6 +307,58 @@ def test_a_loss_that_is_not_a_number_counts_as_zero_alone() -> None:
     rest = [0, 1, 3, 4, 5, 6]
     for a, b in zip(got, one_step(module, inputs[rest], targets[rest]), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("raises_in", ["model", "loss", "backward"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_an_example_on_which_the_code_raises_counts_as_zero_alone(raises_in: str, size: int | None) -> None:
+    module, (inputs, targets) = mlp(), data()
+    inputs[[2, 5], 0] = 70.0
+    told: list[Exception] = []
+
+    def watch(where: str, values: Tensor) -> None:
+        if where == raises_in and len(values) and bool((values[:, 0] == 70.0).any()):
+            raise IndexError("70 is out of range")
+
+    def broken(outputs: Tensor, wanted: Tensor) -> Tensor:
+        # A batch is known by its targets: those of the two examples are nowhere else.
+        if raises_in == "loss" and bool((wanted == 3).any()):
+            raise IndexError("3 is no class")
+        return loss(outputs, wanted.clamp(max=2))
+
+    class Watching(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, values: Tensor, first: Tensor) -> Tensor:
+            context.save_for_backward(first)
+            return values.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            watch("backward", context.saved_tensors[0])
+            return gradient, None
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, values: Tensor) -> Tensor:
+            watch("model", values)
+            return Watching.apply(self.inner(values), values)  # type: ignore[no-untyped-call, no-any-return]
+
+    targets[[2, 5]] = 3
+    plan = replace(PLAN, microbatch_size=size)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    looking = Looking()
+    with pytest.raises(IndexError):
+        one_step(looking, inputs, targets, plan, per_example=broken)
+    module.load_state_dict(state)
+    got = one_step(looking, inputs, targets, plan, per_example=broken, hide=told.append)
+    assert [type(each) for each in told] == [IndexError] * 2
+    module.load_state_dict(state)
+    rest = [0, 1, 3, 4, 6]
+    for one, other in zip(got, one_step(module, inputs[rest], targets[rest], plan), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_an_empty_batch_is_noise_alone() -> None:

@@ -186,7 +186,7 @@ def test_replies_are_kept_until_the_server_has_them(ledger: Ledger, state: Path)
     replies = [answer(ledger, request(number)) for number in (1, 2, 3)]
     abandoned = ledger.reserve(request(2, data_digest="other", message_id="other"))
     assert abandoned.secret is not None or abandoned.reply == replies[1]
-    ledger.forget_replies("run", 2)
+    ledger.forget_replies("heart", "run", 2)
     assert [path.read_bytes() for path in (state / "replies").iterdir()] == [replies[2]]
     head = ledger.head()
     refused("reply-forgotten", lambda: ledger.reserve(request(1)))
@@ -196,13 +196,34 @@ def test_replies_are_kept_until_the_server_has_them(ledger: Ledger, state: Path)
     assert answer(ledger, request(3)) == replies[2]
     assert ledger.verify() == []
     head = ledger.head()
-    ledger.forget_replies("run", 1)
+    ledger.forget_replies("heart", "run", 1)
     assert ledger.head() == head
+
+
+def test_a_server_can_have_forgotten_what_it_asked_and_nothing_else(ledger: Ledger, state: Path) -> None:
+    ledger.declare(replace(BUDGET, name="lung"))
+    of_lung = request(data_set="lung", run="other", message_id="l")
+    heart, lung = answer(ledger, request()), answer(ledger, of_lung)
+    head = ledger.head()
+    for run in ("other", "none"):
+        ledger.forget_replies("heart", run, 10**30)
+    assert ledger.head() == head and len(list((state / "replies").iterdir())) == 2
+    ledger.forget_replies("heart", "run", 10**30)
+    refused("reply-forgotten", lambda: ledger.reserve(request()))
+    assert answer(ledger, of_lung) == lung != heart
+    # Rounds to come are none that the server can have.
+    assert answer(ledger, request(2, message_id="next")) and ledger.verify() == []
+
+
+def test_an_answered_message_that_asks_for_other_noise_gets_no_reply(ledger: Ledger) -> None:
+    answer(ledger, request())
+    refused("run-plan-changed", lambda: ledger.reserve(request(plan=plan_of(PURE, 9))))
+    refused("run-plan-changed", lambda: ledger.reserve(request(event=replace(PURE, epsilon=5.0))))
 
 
 def test_a_reply_that_is_late_for_the_server_does_not_leave(ledger: Ledger, state: Path) -> None:
     reservation = ledger.reserve(request())
-    ledger.forget_replies("run", 1)
+    ledger.forget_replies("heart", "run", 1)
     refused("reply-forgotten", lambda: ledger.commit(reservation, b"late"))
     assert list((state / "replies").iterdir()) == []
     assert ledger.verify() == []

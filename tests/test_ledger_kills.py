@@ -59,7 +59,7 @@ def live(turn, state, ready, messages=10**9):
             reply = reservation.reply
         log(state, "left", [number, reservation.sequence, reply.decode()])
         if number % 40 == 39:
-            ledger.forget_replies("run", number - 20)
+            ledger.forget_replies("heart", "run", number - 20)
 
 
 def create(state):

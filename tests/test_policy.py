@@ -219,6 +219,12 @@ def test_an_apps_noised_update_counts_as_an_unamplified_gaussian_on_the_whole_da
     assert found.local is not None and found.training is None
 
 
+def test_noise_that_gives_no_epsilon_is_refused(tmp_path):
+    rules = policy(tmp_path, ('unit = "client"', 'unit = "client"\nrelation = "replace-one"'))
+    with pytest.raises(RunError, match="gives no epsilon at all"):
+        admitted(rules, asked(**NOISED | {"noise_multiplier": 0.3, "rounds": 3}), data="wards")
+
+
 def test_a_trusted_servers_claim_is_charged_as_a_claim(tmp_path):
     claim = asked(**RAW | dict(claimed_epsilon=1.0, delta=1e-6))
     found = admitted(policy(tmp_path), claim, data="wards", server="coordinator.example.org")
@@ -294,7 +300,7 @@ def test_a_request_survives_its_config():
 
 @pytest.mark.parametrize("noise", [dict(), dict(epsilon=1.0, noise_multiplier=None)])
 def test_a_plan_that_no_accountant_could_count_is_refused_at_once(tmp_path, noise):
-    with pytest.raises(RunError, match="more than 1000000 in a run"):
+    with pytest.raises(RunError, match="more than 100000 in a run"):
         admitted(policy(tmp_path), asked(rounds=10**6, batch_size=1, **noise))
 
 

@@ -91,6 +91,27 @@ class Lines(Classification):
         return outputs[:, 0]
 
 
+class Strict(Lines):
+    """Its loss and its probabilities raise at what is not finite, as torch.distributions' do."""
+
+    def partitions(self, source):
+        return {"all": self.site(source)}
+
+    def site(self, path):
+        train = super().site(path).train
+        return SiteData(train=train, test=train)
+
+    def loss(self, outputs, targets):
+        if not torch.isfinite(outputs).all():
+            raise ValueError("expected finite logits")
+        return outputs[:, 0]
+
+    def probabilities(self, outputs):
+        if not torch.isfinite(outputs).all():
+            raise ValueError("expected finite logits")
+        return super().probabilities(outputs)
+
+
 class Picky(Lines):
     """Its model raises for records whose first number is 7."""
 
@@ -147,7 +168,7 @@ class Owner:
         (folder / "own.py").write_text(OWN)
         self.data = {"path": "heart-of-the-matter.csv", "records": 60, "epsilon": 8.0, "delta": 1e-5}
         self.allow = {
-            "tasks": ["tabular", "own:Lines", "own:Picky"],
+            "tasks": ["tabular", "own:Lines", "own:Picky", "own:Strict"],
             "strategies": ["fedavg", "scaffold", "qfedavg"],
             "apps": ["own:app"],
             "epochs": 5,
@@ -395,11 +416,10 @@ def test_nothing_that_leaves_holds_the_data_their_number_their_path_or_a_digest(
         model = model_of(site)
         (owner.folder / "raise").touch()
         failed = site.handle(message_of(model, run=run))
-        assert code_of(failed) == "client-failed"
         (owner.folder / "raise").unlink()
-        replies = [site.handle(message_of(model, run=run))]
+        replies = [site.handle(message_of(model, "again", run=run, version="v2"))]
         replies += [site.handle(message_of(model, "e", phase="evaluate", run=run))]
-        assert all(reply.has_content() for reply in replies)
+        assert all(reply.has_content() for reply in [failed, *replies])
         replies += [site.handle(message_of(model, **{"message_id": "h"} | how)) for how, _ in HOSTILE.values()]
         digest = site._built.data_digest
         for reply in [failed, *replies]:
@@ -498,6 +518,21 @@ def test_a_bad_row_changes_nothing_but_its_own_contribution(owner: Owner, bad) -
     times = float((without - whole) @ own / (own @ own))
     assert times == pytest.approx(round(times), abs=1e-3) and 1 <= round(times) <= 9
     assert np.allclose(without - whole, round(times) * own, atol=1e-6)
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_whether_the_code_fails_on_a_record_is_seen_by_nobody(owner: Owner, phase: str) -> None:
+    """The model is finite, and overflows for the one record whose first number is 3."""
+    owner.has_lines("own:Strict")
+    (owner.folder / "lines.csv").write_text("\n".join([*rows_of(owner)[:-1], "3,0,0"]))
+    run = asked(task="own:Strict", batch_size=50)
+    with owner.open() as site:
+        model = model_of(site)
+        model["weight"][0, 0] = 1.5e38
+        reply = site.handle(message_of(model, phase=phase, run=run))
+        assert reply.has_content(), reply.error
+    log = (owner.state / "site.log").read_text()
+    assert ("code failed" in log, "expected finite logits" in log) == (True, True)
 
 
 @pytest.mark.parametrize("dropped", [1, 7, 49])

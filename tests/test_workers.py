@@ -73,10 +73,8 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(tiny, tmp_path):
 
     def kill(event):
         if isinstance(event, ClientReplied) and event.round in (2, 3) and event.round not in killed:
-            # The server of the workers is the one whose parent is this process.
-            victims = sorted(children())
-            out = subprocess.run(["ps", "-o", "ppid=", "-p", str(victims[-1])], capture_output=True, text=True)
-            assert int(out.stdout) != os.getpid()
+            # The server of the workers, and other helpers, are those whose parent is this process.
+            victims = [pid for pid in sorted(children()) if _is_worker(pid)]
             os.kill(victims[-1], signal.SIGKILL)
             killed.append(event.round)
 

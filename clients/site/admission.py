@@ -5,6 +5,7 @@ Nothing here touches the data. The site computes q, steps and noise from the dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -157,7 +158,11 @@ def _local(policy: Policy, data: str, run: RunRequest, coordinates: int) -> Loca
         "coordinates": coordinates,
     }
     if run.noise_multiplier is not None:
-        return LocalPlan(noise_multiplier=run.noise_multiplier, **known)
+        plan = LocalPlan(noise_multiplier=run.noise_multiplier, **known)
+        # With so little noise the discrete mechanism's own delta leaves nothing of the run's.
+        if math.isinf(plan.epsilon(relation=policy.data[data].relation)):
+            raise RunError("request-invalid", f"noise_multiplier = {run.noise_multiplier:g} gives no epsilon at all")
+        return plan
     _refuse_to_calibrate(policy, data)
     return _calibrated(LocalPlan, epsilon=run.epsilon, **known)  # type: ignore[return-value]
 

@@ -166,7 +166,7 @@ class Site:
 
     def forget_replies(self, run: str, up_to_round: int) -> None:
         """Delete the replies of rounds that the server has checkpointed."""
-        self._ledger.forget_replies(run, up_to_round)
+        self._ledger.forget_replies(self._data, run, up_to_round)
 
     def handle(self, message: Message, *, progress: Callable[[Progress], None] = lambda each: None) -> Message:
         """Return the reply to a message, or an error reply: the code of a failure and its fixed sentence.

@@ -7,6 +7,7 @@ by a trusted server) the declared number of records.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from .request import MessageRequest
 
 # That code fails on some records may follow from them, so towards the server it counts as no change.
 _HIDDEN = "training failed and counts as no change: {}: {}"
+_ZERO = "records on which the code failed count as zero, {} times in this message: {}"
 # What a local rule must not name.
 _TAKEN = ("arrays", "config", "metrics", "num-examples", "personal")
 
@@ -94,6 +96,11 @@ class TaskWork:
         self, message: Message, context: Context, request: MessageRequest, mechanisms: Mechanisms, key: Key
     ) -> Message:
         """Train or evaluate with batches and noise from `key`."""
+        hidden: list[str] = []
+
+        def hide(error: Exception) -> None:
+            hidden.append("" if hidden else "".join(traceback.format_exception(error)))
+
         owner = Owner(
             name=self.name,
             data=self.data,
@@ -101,6 +108,7 @@ class TaskWork:
             plan=mechanisms.training,
             evaluation=mechanisms.evaluation,
             local=mechanisms.local,
+            hide=hide,
         )
         training = replace(self.training, epochs=request.run.epochs, batch_size=request.run.batch_size)
         gate = Gate(
@@ -118,6 +126,9 @@ class TaskWork:
             self.log(_HIDDEN.format(type(error).__name__, error))
             failed = key.child("failed", request.round, digest(gate.admit(message)))
             return _no_change(gate, message, context, mechanisms.local, failed, records=len(self.data.train))
+        finally:
+            if hidden:
+                self.log(_ZERO.format(len(hidden), hidden[0]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...core.errors import RunError
 from ...core.keys import Key, Stream
 from ..mechanism import RecordLevelPlan
-from .dpsgd import Loss, StreamOptimizer, trained_layers
+from .dpsgd import Loss, StreamOptimizer, take_passes, trained_layers
 from .per_example import Clean, Gradients, Kind, finite, kind_of, unchanged
 
 
@@ -61,12 +61,14 @@ class BookKeeping:
         plan: RecordLevelPlan,
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
+        hide: Callable[[Exception], None] | None = None,
     ) -> None:
         self._module = module
         self._optimizer = optimizer
         self._plan = plan
         self._noise = noise
         self._correct = correct
+        self._hide = hide
 
     def __enter__(self) -> Self:
         layers = trained_layers(self._module)
@@ -106,13 +108,14 @@ class BookKeeping:
 
         A batch larger than the plan's microbatches takes several passes: it is never cut.
         """
-        for p in self._parameters:
-            p.grad = p.summed_grad = None  # type: ignore[attr-defined]
-        size = self._plan.microbatch_size or max(1, len(inputs))
-        for first in range(0, len(inputs), size):
-            self._pass(inputs[first : first + size], targets[first : first + size], loss)
+        take_passes(self._pass, self._forget, inputs, targets, loss, size=self._plan.microbatch_size, hide=self._hide)
         self._private.pre_step()
         self._optimizer.step()
+
+    def _forget(self) -> None:
+        """Begin the sum of a step anew."""
+        for p in self._parameters:
+            p.grad = p.summed_grad = None  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _pass(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:

@@ -147,6 +147,9 @@ class DPSGD:
     `optimizer` works on the noised gradient, so momentum and L2 are post-processing; so is `correct`, which is called
     in each step when the noised gradient is there, and must read nothing else of the records. `noise` is this round's
     own stream. The module must be one that `privacy.layers.make_private` returned.
+
+    Whether code raises may follow from one record. With `hide` a step never raises for its examples: each on which
+    model or loss raises counts as zero, and `hide` is told.
     """
 
     def __init__(
@@ -157,8 +160,10 @@ class DPSGD:
         plan: RecordLevelPlan,
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
+        hide: Callable[[Exception], None] | None = None,
     ) -> None:
         self._correct = correct
+        self._hide = hide
         self._module = module
         self._optimizer = optimizer
         self._plan = plan
@@ -194,13 +199,11 @@ class DPSGD:
             hook.remove()
         self._private.zero_grad(set_to_none=True)
         self._wrapped.to_standard_module()
+        _forget_passes(self._module)
         for p in self._module.parameters():
-            p.grad = None
             # Opacus leaves this one behind: a clipped sum without noise.
             p.__dict__.pop("summed_grad", None)
         for module in self._module.modules():
-            module.__dict__.pop("activations", None)
-            module.__dict__.pop("max_batch_len", None)
             module.__dict__.pop("ft_compute_sample_grad", None)
         self._module.train(self._was_training)
 
@@ -209,14 +212,25 @@ class DPSGD:
 
         A batch larger than the plan's microbatches takes several passes: it is never cut.
         """
-        self._private.zero_grad(set_to_none=True)
-        size = self._plan.microbatch_size or max(1, len(inputs))
-        for first in range(0, len(inputs), size):
-            self._pass(inputs[first : first + size], targets[first : first + size], loss)
+        take_passes(self._pass, self._forget, inputs, targets, loss, size=self._plan.microbatch_size, hide=self._hide)
         self._private.step()
+
+    def _forget(self) -> None:
+        """Begin the sum of a step anew."""
+        self._private.zero_grad(set_to_none=True)
 
     def _pass(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
         """Add the clipped gradients of some examples to those of the step."""
+        try:
+            self._differentiate(inputs, targets, loss)
+            self._private.examples = len(inputs)
+            self._private.clip_and_accumulate()
+        except Exception:
+            # What Opacus' hooks kept of these examples would be taken for that of the next ones.
+            _forget_passes(self._module)
+            raise
+
+    def _differentiate(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
         losses = loss(self._wrapped(inputs), targets)
         if losses.shape != (len(inputs),):
             raise RunError(
@@ -228,8 +242,53 @@ class DPSGD:
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             warnings.filterwarnings("ignore", message="In CPU autocast")
             losses.sum().backward()
-        self._private.examples = len(inputs)
-        self._private.clip_and_accumulate()
+
+
+def _forget_passes(module: nn.Module) -> None:
+    """Remove what Opacus' hooks keep of examples between forward, backward and clipping."""
+    for p in module.parameters():
+        p.grad = None
+        if "grad_sample" in p.__dict__:
+            p.grad_sample = None  # type: ignore[attr-defined]
+        if "_forward_counter" in p.__dict__:
+            p._forward_counter = 0  # type: ignore[attr-defined]
+        p.__dict__.pop("_current_grad_sample", None)
+    for part in module.modules():
+        part.__dict__.pop("activations", None)
+        part.__dict__.pop("max_batch_len", None)
+
+
+def take_passes(
+    take: Callable[[Tensor, Tensor, Loss], None],
+    begin: Callable[[], None],
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    size: int | None,
+    hide: Callable[[Exception], None] | None,
+) -> None:
+    """Begin a sum, and add the examples to it by passes of at most `size` (None: all at once).
+
+    With `hide`, where a pass raises the sum is begun anew with one example at a time, and one that raises is left out:
+    each adds what it adds alone, or nothing, whatever the others do. Without, what a pass raises is raised.
+    """
+    begin()
+    size = size or max(1, len(inputs))
+    try:
+        for first in range(0, len(inputs), size):
+            take(inputs[first : first + size], targets[first : first + size], loss)
+    except Exception:
+        if hide is None:
+            raise
+    else:
+        return
+    begin()
+    for one in range(len(inputs)):
+        try:
+            take(inputs[one : one + 1], targets[one : one + 1], loss)
+        except Exception as error:  # what a model or a loss raises may follow from this record
+            hide(error)
 
 
 def trained_layers(module: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:

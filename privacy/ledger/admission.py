@@ -6,18 +6,14 @@ import math
 
 from ...core.errors import Refusal
 from ..guarantee import rounded_up
-from .book import Book, DataSetBudget, Request
+from .book import Book, DataSetBudget, Request, Reserved
 
 
 def check(book: Book, request: Request) -> None:
     """Raise Refusal unless a new request goes with the plan of its run and within the budget of its data set."""
     plan = book.plans.get((request.data_set, request.run), request.plan)
     if plan != request.plan or not plan.holds(request.phase, request.event):
-        raise Refusal(
-            "run-plan-changed",
-            f"run {request.run}: asks {request.data_set} for other noise, clipping, batches or rounds than it was "
-            "planned with; start a new run",
-        )
+        raise _changed(request)
     check_declared(book, request.data_set)
     budget = book.budgets[request.data_set]
     for each in request.plan.events:
@@ -44,6 +40,12 @@ def check(book: Book, request: Request) -> None:
         )
 
 
+def check_same(book: Book, request: Request, held: Reserved) -> None:
+    """Raise Refusal unless a request that was charged before asks for what was charged then."""
+    if book.plans[request.data_set, request.run] != request.plan or held.event != request.event:
+        raise _changed(request)
+
+
 def check_message(book: Book, request: Request) -> None:
     """Raise Refusal if a message of this id came before with other content, or is of a round that the server has."""
     for number in book.by_message.get((request.data_set, request.run, request.message_id), ()):
@@ -53,7 +55,7 @@ def check_message(book: Book, request: Request) -> None:
                 f"message {request.message_id} of run {request.run}: came before with other content; send what changed "
                 "under a new id",
             )
-    if request.round <= book.forgotten.get(request.run, -1):
+    if request.round <= book.forgotten.get((request.data_set, request.run), -1):
         raise Refusal(
             "reply-forgotten",
             f"message {request.message_id} of run {request.run}: the server said that it has round {request.round}, "
@@ -79,3 +81,11 @@ def check_declared(book: Book, data_set: str) -> None:
     """Raise Refusal if a data set has no budget."""
     if data_set not in book.budgets:
         raise Refusal("ledger-budget", f"{data_set}: has no budget in the ledger; declare it in the site's policy")
+
+
+def _changed(request: Request) -> Refusal:
+    return Refusal(
+        "run-plan-changed",
+        f"run {request.run}: asks {request.data_set} for other noise, clipping, batches or rounds than it was planned "
+        "with; start a new run",
+    )

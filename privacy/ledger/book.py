@@ -153,7 +153,7 @@ class Book:
     plans: dict[tuple[str, str], RunPlan] = field(default_factory=dict)
     reserved: dict[int, Reserved] = field(default_factory=dict)
     replies: dict[int, str] = field(default_factory=dict)
-    forgotten: dict[str, int] = field(default_factory=dict)
+    forgotten: dict[tuple[str, str], int] = field(default_factory=dict)
     by_content: dict[tuple[str, ...], int] = field(default_factory=dict)
     by_message: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
     charged: dict[str, Counts] = field(default_factory=dict)
@@ -178,7 +178,8 @@ class Book:
             case "commit":
                 self.replies[body["reservation"]] = body["reply_sha256"]
             case "forget":
-                self.forgotten[body["run"]] = max(body["up_to_round"], self.forgotten.get(body["run"], -1))
+                of = (body["data_set"], body["run"])
+                self.forgotten[of] = max(body["up_to_round"], self.forgotten.get(of, -1))
             case _:
                 raise ValueError(f"kind = {entry.kind!r}: no entry of a ledger")
         self.sequence, self.mac = entry.sequence, entry.mac
@@ -186,11 +187,19 @@ class Book:
     def is_forgotten(self, sequence: int) -> bool:
         """Return whether the server has what this reservation was for, so that its reply was deleted."""
         held = self.reserved[sequence]
-        return held.round <= self.forgotten.get(held.run, -1)
+        return held.round <= self.forgotten.get((held.data_set, held.run), -1)
 
-    def forgotten_by(self, run: str, up_to_round: int) -> set[int]:
-        """Return the reservations of a run up to a round."""
-        return {number for number, held in self.reserved.items() if held.run == run and held.round <= up_to_round}
+    def reserved_of(self, data_set: str, run: str) -> list[Reserved]:
+        """Return the reservations of a run on a data set."""
+        return [held for held in self.reserved.values() if (held.data_set, held.run) == (data_set, run)]
+
+    def forgotten_by(self, data_set: str, run: str, up_to_round: int) -> set[int]:
+        """Return the reservations of a run on a data set up to a round."""
+        return {
+            number
+            for number, held in self.reserved.items()
+            if (held.data_set, held.run) == (data_set, run) and held.round <= up_to_round
+        }
 
     def admits(self, request: Request) -> bool:
         """Return whether the budget allows the request: the event, and before a run's first one its whole plan."""

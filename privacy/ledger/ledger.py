@@ -113,6 +113,7 @@ class Ledger:
             answered = [number for number in earlier if number in book.replies]
             found = answered[0] if answered else book.by_content.get(request.content)
             if found is not None:
+                admission.check_same(book, request, book.reserved[found])
                 return self._reserved_before(found)
             admission.check(book, request)
             if (request.data_set, request.run) not in book.plans:
@@ -145,12 +146,17 @@ class Ledger:
         self._wipe()
         return reply
 
-    def forget_replies(self, run: str, up_to_round: int) -> None:
-        """Delete the replies of rounds that the server has checkpointed, and the bytes of what was never committed."""
+    def forget_replies(self, data_set: str, run: str, up_to_round: int) -> None:
+        """Delete the replies of rounds that the server has checkpointed, and the bytes of what was never committed.
+
+        What a server says of rounds or runs that this data set never saw is not recorded.
+        """
         with self._writing() as append:
-            if up_to_round > self._book.forgotten.get(run, -1):
-                append("forget", {"run": run, "up_to_round": up_to_round})
-            gone = self._book.forgotten_by(run, up_to_round)
+            of_run = [held.round for held in self._book.reserved_of(data_set, run)]
+            up_to_round = min(up_to_round, max(of_run, default=-1))
+            if up_to_round > self._book.forgotten.get((data_set, run), -1):
+                append("forget", {"data_set": data_set, "run": run, "up_to_round": up_to_round})
+            gone = self._book.forgotten_by(data_set, run, up_to_round)
             self._connection.executemany("DELETE FROM secrets WHERE sequence = ?", [(number,) for number in gone])
         self._wipe()
         with store.refusing(self._folder):

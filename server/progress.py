@@ -22,6 +22,7 @@ COUNTED = (
     "strategy_metrics",
     "bytes_up",
     "bytes_down",
+    "pending",
 )
 
 
@@ -56,7 +57,10 @@ class Rules:
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where the loop stands; all of it is in the checkpoint."""
+    """Where the loop stands; all of it is in the checkpoint.
+
+    `pending` is the record of a round that was trained, and neither evaluated nor told of yet.
+    """
 
     round: int
     arrays: dict[str, NDArray[np.generic]]
@@ -71,3 +75,4 @@ class Progress:
     strategy_metrics: dict[str, float] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    pending: dict[str, Any] | None = None

@@ -178,7 +178,8 @@ class TrainingRun:
         directory = setting.directory
         found = checkpoints.load(directory.checkpoints) if resumed else None
         for name in ("metrics.jsonl", "private/curves.jsonl"):
-            directory.forget_after(name, found.round if found else 0)
+            told = 0 if found is None else found.round - (found.progress["pending"] is not None)
+            directory.forget_after(name, told)
         self._saved_at = time.monotonic()
         if found is None:
             return Progress(round=0, arrays=dict(setting.initial))

@@ -13,8 +13,8 @@ import pytest
 
 import bract
 from bract.clients import sequential
-from bract.core.errors import InputError
-from bract.server.events import RoundFinished
+from bract.core.errors import InputError, RunError
+from bract.server.events import Evaluated, RoundFinished
 
 SECRET = {"privacy.unit": "record", "privacy.noise_multiplier": 4.0, "experiment.rounds": 6}
 
@@ -232,3 +232,20 @@ def test_a_used_directory_is_refused(tiny, tmp_path):
         bract.simulate(tiny(), out=tmp_path)
     assert caught.value.code == "run-exists"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("kind", [Evaluated, RoundFinished])
+def test_a_round_that_was_trained_and_not_told_of_is_finished_when_the_run_is_resumed(tiny, whole, tmp_path, kind):
+    """As when the disk is full: the model of round 3 is there, its metrics or its line are not."""
+    keys = SECRET | {"server.evaluate_every": 1, "server.patience": 6}
+
+    def fail(event):
+        if isinstance(event, kind) and event.round == 3:
+            raise RunError("run-unwritable", "no space left")
+
+    with pytest.raises(RunError, match="no space left"):
+        bract.simulate(tiny(**keys), out=tmp_path / "run", listeners=[fail])
+    second = bract.simulate(resume=tmp_path / "run")
+    assert second.status == "completed" and rounds(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert second.model_sha256 == whole(**keys).model_sha256
+    assert second.metrics == whole(**keys).metrics

@@ -27,7 +27,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn import functional
 
-from bract.clients import sequential
+from bract.clients import dp_engines, sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.keys import Key
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     }
     return {
         "model": args.model,
-        "engine": sequential.dp_engine(model, cohort[0].inputs[:2], training),
+        "engine": dp_engines.dp_engine(model, cohort[0].inputs[:2], training),
         **{f"{name}_ms": round(1e3 * median(found), 2) for name, found in times.items()},
         **{name: [round(f(found), 2) for f in (min, median, max)] for name, found in ratios.items()},
     }

@@ -92,9 +92,7 @@ def client_app(
             train=train_again,
         )
         session = rule.session(round)
-        sequential.train(
-            model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide
-        )
+        sequential.train(model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide)
         update, personal = model.shared_arrays(), model.personal_arrays()
         if site.local is not None:
             update = _noised(site.local, gate, shared, update, key)

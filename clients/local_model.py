@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.parameters import Arrays, Layout
-from ..privacy.dpsgd.layers import make_private
 from ..strategies.local_rule import arrays_like
 from ..tasks.task import Task, initial_model
 from .training import LocalTraining
@@ -138,4 +137,9 @@ def _refuse_unused_patterns(module: nn.Module, training: LocalTraining) -> None:
 def build_module(task: Task, *, seed: int, private: bool) -> tuple[nn.Module, list[str]]:
     """Return a task's module with the public seed's initial weights, and what was changed to make it private."""
     module: nn.Module = initial_model(task.model, seed)
-    return make_private(module) if private else (module, [])
+    if not private:
+        return module, []
+    # Opacus takes seconds to import.
+    from ..privacy.dpsgd.layers import make_private
+
+    return make_private(module)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError, RunError
-from ..core.keys import Key, Stream
-from ..privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
-from ..privacy.dpsgd.dpsgd import DPSGD, poisson_batches
+from ..core.errors import RunError
+from ..core.keys import Key
+from ..privacy.dpsgd.passes import poisson_batches
 from ..privacy.mechanism import RecordLevelPlan
 from ..strategies.local_rule import LocalSession
 from ..tasks.task import Examples
@@ -54,45 +52,14 @@ def train(
                 correct()
                 optimizer.step()
         else:
-            with _private(model, examples, training, plan, key.child("noise").stream(), correct, hide) as private:
-                # Opacus' per-example gradients of convolutions are wrong for channels-last inputs.
-                booked = isinstance(private, BookKeeping)
-                order = _memory_format(model, examples) if booked else torch.contiguous_format
+            from .dp_engines import private_steps
+
+            like, noise = examples.inputs[:2], key.child("noise").stream()
+            with private_steps(model, like, training, plan, noise, correct, hide) as private:
+                order = _memory_format(model, examples) if private.any_order else torch.contiguous_format
                 for batch in poisson_batches(plan, key.child("batches").stream()):
                     inputs, targets = _on_device(examples, batch, model.device)
                     private.step(inputs.contiguous(memory_format=order), targets, loss)
-
-
-def dp_engine(model: LocalModel, like: Tensor, training: LocalTraining) -> Literal["bookkeeping", "opacus"]:
-    """Return which engine computes the clipped gradients of a model on inputs like these [n, ...].
-
-    A fixed rule, the same in every process. Raises InputError `model-not-private` where `train.dp_engine` asks for
-    book-keeping and the model does not go with it.
-    """
-    if training.dp_engine == "opacus":
-        return "opacus"
-    if model.bookkeeping is None:
-        model.bookkeeping = supports(model.module, like)
-    if training.dp_engine == "bookkeeping" and not model.bookkeeping:
-        why = unknown_layer(model.module) or "its clipped sums differ from those of autograd, one example at a time"
-        raise InputError("model-not-private", f'train.dp_engine = "bookkeeping": {why}; use "auto" or "opacus"')
-    return "bookkeeping" if model.bookkeeping else "opacus"
-
-
-def _private(
-    model: LocalModel,
-    examples: Examples,
-    training: LocalTraining,
-    plan: RecordLevelPlan,
-    noise: Stream,
-    correct: Callable[[], None],
-    hide: Hide | None,
-) -> BookKeeping | DPSGD:
-    if dp_engine(model, examples.inputs[:2], training) == "bookkeeping":
-        optimizer = training.make_optimizer(model.parameters)
-        return BookKeeping(model.module, optimizer, plan=plan, noise=noise, correct=correct, hide=hide)
-    wrapped = training.make_torch_optimizer(model.parameters)
-    return DPSGD(model.module, wrapped, plan=plan, noise=noise, correct=correct, hide=hide)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class Stream:
         return np.frombuffer(self.bytes(8 * count), dtype="<u8").astype(np.uint64, copy=False)
 
     def uniforms(self, count: int) -> NDArray[np.float64]:
-        """Return `count` uniform float64 in the open interval (0, 1), on the grid of 2^-54 · odd numbers."""
+        """Return `count` uniform float64 in (0, 1]: (k + 1/2) · 2^-53 of 53 random bits k, rounded to float64."""
         return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
     def normals(self, count: int) -> NDArray[np.float64]:

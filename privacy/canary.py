@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from ..core.keys import Key
 from .dpsgd.bookkeeping import BookKeeping
-from .dpsgd.dpsgd import DPSGD, Loss
+from .dpsgd.dpsgd import DPSGD
+from .dpsgd.passes import Loss
 from .mechanism import RecordLevelPlan
 
 SIGNIFICANCE = 1e-6

@@ -10,7 +10,6 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clients import sequential
 from ..clients.training import LocalTraining
 from ..core.keys import Key
 from ..core.parameters import digest
@@ -126,7 +125,9 @@ def _dp_engine(experiment: Experiment, data: Mapping[str, SiteData], plan: Plan,
     if federation.local is None or not plan.mechanisms:
         return None
     like = next(iter(data.values())).train.inputs[:2]
-    return sequential.dp_engine(federation.local, like, LocalTraining.of(experiment.train, private=True))
+    from ..clients.dp_engines import dp_engine
+
+    return dp_engine(federation.local, like, LocalTraining.of(experiment.train, private=True))
 
 
 def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:

@@ -18,15 +18,15 @@ from torch import nn
 
 from bract.cli.main import main
 from bract.clients import app as client_app
-from bract.clients import local_model, sequential
+from bract.clients import dp_engines, local_model, sequential
 from bract.clients.gate import Gate
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError
 from bract.core.keys import Key, Stream
 from bract.experiment import Experiment
 from bract.privacy import accounting
-from bract.privacy.dpsgd import bookkeeping, dpsgd
-from bract.privacy.dpsgd.dpsgd import StreamOptimizer
+from bract.privacy.dpsgd import bookkeeping, dpsgd, stream_optimizer
+from bract.privacy.dpsgd.stream_optimizer import StreamOptimizer
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.server.accounts import Accounts
 from bract.simulations import federation
@@ -330,7 +330,7 @@ class NoClipping(StreamOptimizer):
 def test_a_mutation_of_book_keeping_fails_where_it_is_used(small, tiny, monkeypatch, mutant, checks):
     monkeypatch.setattr(bookkeeping, "StreamOptimizer", mutant)
     # An engine that clips otherwise would not pass its own comparison with autograd, and not be chosen.
-    monkeypatch.setattr(sequential, "supports", lambda module, like: True)
+    monkeypatch.setattr(dp_engines, "supports", lambda module, like: True)
     assert set(failing(small, *sorted(checks))) == checks
     assert failing(tiny(**SMALL | {"train.dp_engine": "opacus"}), *sorted(checks)) == {}
 
@@ -366,7 +366,7 @@ def test_where_the_model_needs_opacus_the_canaries_are_planted_in_opacus(small, 
 
 
 def test_clipping_that_is_off_fails(small, monkeypatch):
-    monkeypatch.setattr(dpsgd, "_clip_factors", lambda samples, norm: torch.ones(len(samples[0])))
+    monkeypatch.setattr(stream_optimizer, "_clip_factors", lambda samples, norm: torch.ones(len(samples[0])))
     found = failing(small)
     assert {"sensitivity", "canary"} <= set(found) <= {"sensitivity", "canary", "bad-records"}
     assert "one record of client-" in found["sensitivity"]
@@ -374,9 +374,9 @@ def test_clipping_that_is_off_fails(small, monkeypatch):
 
 @pytest.mark.soak
 def test_clipping_each_tensor_on_its_own_fails(small, monkeypatch):
-    factors = dpsgd._clip_factors
+    factors = stream_optimizer._clip_factors
     monkeypatch.setattr(
-        dpsgd, "_clip_factors", lambda samples, norm: factors(samples, norm * len(samples) ** 0.5 * 1.01)
+        stream_optimizer, "_clip_factors", lambda samples, norm: factors(samples, norm * len(samples) ** 0.5 * 1.01)
     )
     assert "sensitivity" in failing(small, "sensitivity")
 
@@ -386,7 +386,7 @@ def test_a_nan_that_is_not_caught_fails(small, monkeypatch):
         norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in samples], dim=1)
         return (norm / torch.linalg.vector_norm(norms, dim=1)).clamp(max=1.0)
 
-    monkeypatch.setattr(dpsgd, "_clip_factors", trusting)
+    monkeypatch.setattr(stream_optimizer, "_clip_factors", trusting)
     assert set(failing(small, "sensitivity", "independence", "bad-records")) == {"bad-records"}
 
 

@@ -11,8 +11,8 @@ from scipy import stats
 
 from bract.core.keys import Key
 from bract.privacy.canary import BLOCK, CANARIES, SIGNIFICANCE, canary_test, steps_by
-from bract.privacy.dpsgd import bookkeeping, dpsgd
-from bract.privacy.dpsgd.dpsgd import StreamOptimizer
+from bract.privacy.dpsgd import bookkeeping, dpsgd, stream_optimizer
+from bract.privacy.dpsgd.stream_optimizer import StreamOptimizer
 from bract.privacy.mechanism import RecordLevelPlan
 
 KEY = Key.from_seed(23)
@@ -82,7 +82,7 @@ def test_its_power_is_what_it_says():
 
 
 def test_clipping_that_does_not_clip_is_rejected(monkeypatch):
-    monkeypatch.setattr(dpsgd, "_clip_factors", lambda samples, norm: torch.ones(len(samples[0])))
+    monkeypatch.setattr(stream_optimizer, "_clip_factors", lambda samples, norm: torch.ones(len(samples[0])))
     assert not canary_test(PLAN, KEY).passed
 
 

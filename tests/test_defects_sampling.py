@@ -12,7 +12,7 @@ import pytest
 import bract
 from bract.core.keys import Key
 from bract.privacy import accounting
-from bract.privacy.dpsgd.dpsgd import poisson_batches
+from bract.privacy.dpsgd.passes import poisson_batches
 from bract.privacy.mechanism import RecordLevelPlan
 from bract.server.cohort import CohortSampler
 

@@ -20,8 +20,10 @@ from torch.nn import functional
 from bract.core.errors import RunError
 from bract.core.keys import Key
 from bract.privacy.dpsgd.bookkeeping import BookKeeping, unknown_layer
-from bract.privacy.dpsgd.dpsgd import DPSGD, StreamOptimizer, poisson_batches
+from bract.privacy.dpsgd.dpsgd import DPSGD
 from bract.privacy.dpsgd.layers import make_private
+from bract.privacy.dpsgd.passes import poisson_batches
+from bract.privacy.dpsgd.stream_optimizer import StreamOptimizer
 from bract.privacy.mechanism import RecordLevelPlan
 
 KEY = Key.from_seed(11)

@@ -13,7 +13,8 @@ from torch import nn
 
 from bract.core.keys import Key
 from bract.privacy import accounting
-from bract.privacy.dpsgd.dpsgd import StreamOptimizer, poisson_batches
+from bract.privacy.dpsgd.passes import poisson_batches
+from bract.privacy.dpsgd.stream_optimizer import StreamOptimizer
 from bract.privacy.mechanism import RecordLevelPlan
 
 PLAN = RecordLevelPlan(

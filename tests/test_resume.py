@@ -12,7 +12,7 @@ import time
 import pytest
 
 import bract
-from bract.clients import sequential
+from bract.clients import dp_engines
 from bract.core.errors import InputError, RunError
 from bract.server.events import Evaluated, RoundFinished
 
@@ -200,7 +200,7 @@ def test_another_engine_is_refused(tiny, tmp_path, monkeypatch):
     bract.simulate(tiny(**SECRET), out=out, listeners=[InterruptAfter(2)])
     assert json.loads((out / "manifest.json").read_text())["dp_engine"] == "bookkeeping"
     # As if the task's code now had a layer that book-keeping does not know.
-    monkeypatch.setattr(sequential, "supports", lambda module, like: False)
+    monkeypatch.setattr(dp_engines, "supports", lambda module, like: False)
     with pytest.raises(InputError) as caught:
         bract.simulate(resume=out)
     assert caught.value.code == "run-changed"
@@ -209,7 +209,7 @@ def test_another_engine_is_refused(tiny, tmp_path, monkeypatch):
 
 
 def test_an_engine_that_does_not_fit_leaves_no_run_behind(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sequential, "supports", lambda module, like: False)
+    monkeypatch.setattr(dp_engines, "supports", lambda module, like: False)
     with pytest.raises(InputError) as caught:
         bract.simulate(tiny(**SECRET, **{"train.dp_engine": "bookkeeping"}), out=tmp_path / "run")
     assert caught.value.code == "model-not-private" and not (tmp_path / "run").exists()

@@ -31,6 +31,7 @@ from bract.experiment import Experiment
 from bract.privacy import accounting
 from bract.privacy.ledger.chain import Head
 from bract.privacy.ledger.ledger import Ledger
+from bract.privacy.local import LocalPlan
 from bract.privacy.policy import Policy
 
 SERVER = "coordinator.example.org"
@@ -220,6 +221,12 @@ class Owner:
 def owner(tmp_path: Path) -> Owner:
     flower.identify_process(1)
     return Owner(tmp_path)
+
+
+@pytest.fixture
+def next_to_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a site take noise that gives no epsilon, so that what lies under it can be seen."""
+    monkeypatch.setattr(LocalPlan, "epsilon", lambda plan, participations=None, *, relation="zero-out": 1.0)
 
 
 def asked(**changes: object) -> RunRequest:
@@ -772,6 +779,7 @@ def test_an_apps_update_is_clipped_and_noised_once_a_message(owner: Owner) -> No
     assert owner.spending().spent == pytest.approx(closed, rel=1e-6)
 
 
+@pytest.mark.usefixtures("next_to_no_noise")
 def test_an_apps_update_has_the_clipping_norm_and_no_more(owner: Owner) -> None:
     owner.runs_the_app()
     owner.data |= {"epsilon": 1e7}
@@ -783,6 +791,7 @@ def test_an_apps_update_has_the_clipping_norm_and_no_more(owner: Owner) -> None:
     assert abs(np.linalg.norm(values) - 1) < 0.01 and abs(values.mean() * np.sqrt(500) - 1) < 0.01
 
 
+@pytest.mark.usefixtures("next_to_no_noise")
 @pytest.mark.parametrize("fault", ["raise", "nan", "shape"])
 def test_an_app_that_fails_is_seen_by_nobody(owner: Owner, fault: str) -> None:
     owner.runs_the_app()
@@ -852,6 +861,7 @@ def test_a_budget_that_the_ledger_knows_cannot_be_dropped(owner: Owner) -> None:
     assert caught.value.code == "ledger-budget"
 
 
+@pytest.mark.usefixtures("next_to_no_noise")
 def test_local_privacy_of_bracts_own_client_hides_that_it_failed(owner: Owner) -> None:
     owner.has_lines()
     owner.data |= {"unit": "client", "epsilon": 1e7}
@@ -867,6 +877,7 @@ def test_local_privacy_of_bracts_own_client_hides_that_it_failed(owner: Owner) -
     assert owner.spending().reservations == 2
 
 
+@pytest.mark.usefixtures("next_to_no_noise")
 def test_compression_goes_through_the_gate_also_where_training_failed(owner: Owner) -> None:
     owner.has_lines()
     owner.data |= {"unit": "client", "epsilon": 1e7}

@@ -22,8 +22,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...core.errors import RunError
 from ...core.keys import Key, Stream
 from ..mechanism import RecordLevelPlan
-from .dpsgd import Loss, StreamOptimizer, take_passes, trained_layers
+from .passes import Loss, take_passes, trained_layers
 from .per_example import Clean, Gradients, Kind, finite, kind_of, unchanged
+from .stream_optimizer import StreamOptimizer
 
 
 class Stepping(Protocol):
@@ -52,6 +53,9 @@ class BookKeeping:
 
     Formal guarantee: that of `StreamOptimizer`, which clips, sums and adds the noise here too.
     """
+
+    any_order = True
+    """Whether images may come channels-last."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from ....clients.local_model import LocalModel
 from ....clients.training import LocalTraining
 from ....core.keys import Key
 from ....privacy.canary import canary_test
-from ....privacy.dpsgd.dpsgd import Loss
+from ....privacy.dpsgd.passes import Loss
 from ....privacy.mechanism import RecordLevelPlan
 from ....tasks.task import Examples
 from ..coins import guessed

@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
 
-from ....clients import sequential
+from ....clients import dp_engines, sequential
 from ....clients.local_model import LocalModel
 from ....clients.parts import local_rule
 from ....clients.training import LocalTraining, choose_device
@@ -20,7 +20,7 @@ from ....core.errors import RunError
 from ....core.keys import Key
 from ....core.parameters import Arrays
 from ....experiment import Experiment
-from ....privacy.dpsgd.dpsgd import Loss
+from ....privacy.dpsgd.passes import Loss
 from ....privacy.mechanism import RecordLevelPlan
 from ....server.accounts import Accounts, PopulationAccount, accounts_of
 from ....server.cohort import CohortSampler
@@ -155,7 +155,7 @@ class Subject:
         """Train one round by the kernel, with the engine and the optimizer that the experiment's clients use."""
         inputs = next(iter(self.data.values())).train.inputs
         # That of the run's own model: another model might go with another engine.
-        engine = sequential.dp_engine(self.model, inputs[:2], self.training)
+        engine = dp_engines.dp_engine(self.model, inputs[:2], self.training)
         training = replace(self.training, personal=(), frozen=(), dp_engine=engine)
         sequential.train(model, loss, examples, training, plan=plan, key=key, session=session)
 

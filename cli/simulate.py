@@ -28,6 +28,9 @@ def simulate(
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Also write to tensorboard or mlflow; may be repeated.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time went, and leave a trace for Perfetto.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Train over virtual clients and leave a run directory with model, guarantee and report."""
@@ -46,7 +49,10 @@ def simulate(
         Progress() as progress,
         tracking(track or (), warn=lambda text: progress(Notice(text=text))) as trackers,
     ):
-        result = run(experiment, out=out, resume=resume, listeners=[progress, *trackers])
+        result = run(experiment, out=out, resume=resume, listeners=[progress, *trackers], profile=profile)
+    if profile:
+        print((result.run_dir / "private" / "profile.txt").read_text(), file=sys.stderr)
+        print(f"trace, for ui.perfetto.dev: {result.run_dir / 'private' / 'profile.json'}\n", file=sys.stderr)
     if as_json:
         print_json(result.record)
     else:

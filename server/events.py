@@ -111,6 +111,13 @@ class ClientFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aggregated(Event):
+    """The strategy made the round's model of the replies, or kept the one before."""
+
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated(Event):
     """Metrics were released."""
 

@@ -16,7 +16,7 @@ from ..strategies.state import load_strategy_state, remember_strategy, strategy_
 from .checkpoint import Checkpoint
 from .cohort import CohortSampler
 from .evaluation import evaluate
-from .events import Evaluated, Notice, RoundFinished, RoundStarted
+from .events import Aggregated, Evaluated, Notice, RoundFinished, RoundStarted
 from .progress import COUNTED, Budget, Progress
 from .training import RoundTraining
 
@@ -83,6 +83,7 @@ class RoundLoop(RoundTraining):
             forget_round()
             put_strategy_back()
             raise
+        self.emit(Aggregated(round=number))
         progress.round = number
         progress.trained += record["clients"]
         progress.skipped += record.pop("skipped")

@@ -21,7 +21,7 @@ from ..server.plan import Plan, make_plan, refuse_too_few_clients
 from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
-from .executors.executor import Executor, InlineExecutor
+from .executors.executor import Executor, InlineExecutor, Watch
 from .executors.workers import WorkerPool
 from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
@@ -56,12 +56,14 @@ def assemble(
     out: Path | None,
     emit: Listener,
     strategy: object | None = None,
+    watch: Watch | None = None,
 ) -> Assembly:
     """Load data, make or reopen the run directory, calibrate noise, and build the virtual clients.
 
     A reopened run must find data, initial model and software as they were: its noise is drawn again, and the same
     noise over other gradients would reveal their difference. `given` objects (of a notebook) train in this process,
-    as a worker could not find them; `strategy` is the one that the run uses. Raises InputError.
+    as a worker could not find them; `strategy` is the one that the run uses. `watch` is told how long each call of a
+    client takes. Raises InputError.
     """
     free = None if existing else RunDirectory.free(out, experiment.experiment.name)
     data = load_clients(experiment, task) if task else {}
@@ -95,9 +97,9 @@ def assemble(
         shared = SharedData.of(data) if task else None
         data = shared.sites() if shared else data
         recipe = Recipe(tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key)
-        executor = WorkerPool(recipe, workers, log=directory.log_client)
+        executor = WorkerPool(recipe, workers, log=directory.log_client, watch=watch)
     else:
-        executor = InlineExecutor(federation.app, log=directory.log_client, isolate=task is None)
+        executor = InlineExecutor(federation.app, log=directory.log_client, isolate=task is None, watch=watch)
     assembly = Assembly(
         experiment=experiment,
         directory=directory,

@@ -30,6 +30,7 @@ from ..tasks.task import Task
 from .assembly import Assembly, assemble
 from .comparison import MOST_SITES, Curves, compare
 from .experiments import DEFAULT_EXPERIMENT
+from .profile import Profile
 
 
 def simulate(
@@ -41,13 +42,15 @@ def simulate(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     listeners: Iterable[Listener] = (),
+    profile: bool = False,
 ) -> Result:
     """Run an experiment on virtual clients in this process.
 
     `source` is an experiment file or an Experiment, by default four hospitals that learn to recognise heart disease.
     `task` and `strategy` are objects to use instead of what the experiment names. `out` is the run directory; `resume`
-    is one to go on with, and takes nothing else but the objects that it was started with. Raises BractError:
-    InputError before any data is read, RunError if the run fails.
+    is one to go on with, and takes nothing else but the objects that it was started with. With `profile`,
+    private/profile.txt of the run says where the time went, and private/profile.json is a trace for Perfetto. Raises
+    BractError: InputError before any data is read, RunError if the run fails.
     """
     existing = None
     if resume is not None:
@@ -59,7 +62,8 @@ def simulate(
         experiment = source
     else:
         experiment = Experiment.load(source or DEFAULT_EXPERIMENT, overrides=overrides)
-    simulation = Simulation(experiment, task=task, strategy=strategy, listeners=listeners)
+    timed = Profile() if profile else None
+    simulation = Simulation(experiment, task=task, strategy=strategy, listeners=listeners, profile=timed)
     with reproducible(), flower.quiet():
         return simulation.run(existing=existing, out=None if out is None else Path(out))
 
@@ -74,9 +78,11 @@ class Simulation:
         task: Task | None = None,
         strategy: Strategy | None = None,
         listeners: Iterable[Listener] = (),
+        profile: Profile | None = None,
     ) -> None:
-        self._experiment = experiment
-        self._run = TrainingRun(experiment, strategy=strategy, listeners=listeners)
+        self._experiment, self._profile = experiment, profile
+        known: list[Listener] = [*listeners, *([profile] if profile else [])]
+        self._run = TrainingRun(experiment, strategy=strategy, listeners=known)
         self._given = task is not None or strategy is not None
         self._task = task if task or experiment.clients.app else find_task(experiment)
 
@@ -91,12 +97,15 @@ class Simulation:
             out=out,
             emit=self._run.emit,
             strategy=self._run.strategy,
+            watch=self._profile.called if self._profile else None,
         )
         flower.identify_process(run_id=1)
         with graceful_interrupt() as should_stop, closing(assembly.grid.executor):
             result, error = self._run.execute(
                 self._setting(assembly), resumed=existing is not None, should_stop=should_stop, started=started
             )
+        if self._profile is not None:
+            self._profile.write(assembly.directory)
         if error is not None:
             raise error
         return result

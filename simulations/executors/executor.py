@@ -6,6 +6,8 @@ can tell one executor from another.
 
 from __future__ import annotations
 
+import os
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,21 @@ class Call:
     context: Context
 
 
+@dataclass(frozen=True, kw_only=True)
+class CallTimes:
+    """When a call began, was answered and was folded, in seconds of `time.perf_counter`, and in which process."""
+
+    client: str
+    kind: str
+    process: int
+    began: float
+    answered: float
+    ended: float
+
+
+Watch = Callable[[CallTimes], None]
+
+
 class Executor(Protocol):
     """Runs calls; with a fold it may return totals instead of arrays."""
 
@@ -42,17 +59,26 @@ class Executor(Protocol):
 class InlineExecutor:
     """One client after the other in this process, each when its reply is asked for."""
 
-    def __init__(self, app: ClientApp, *, log: Callable[[str], None], isolate: bool = False) -> None:
+    def __init__(
+        self, app: ClientApp, *, log: Callable[[str], None], isolate: bool = False, watch: Watch | None = None
+    ) -> None:
         self._app = app
+        self._watch = watch
         self._log = log
         self._isolate = isolate
 
     def run(self, calls: Iterable[Call], *, fold: Fold | None) -> Iterator[Arrival]:
         """Yield each reply whole: the exchange folds it."""
         for call in calls:
+            began = time.perf_counter()
             reply, trace = answer(self._app, call, isolate=self._isolate)
             if trace:
                 self._log(trace)
+            if self._watch is not None:
+                now, kind = time.perf_counter(), call.message.metadata.message_type
+                self._watch(
+                    CallTimes(client=call.client, kind=kind, process=os.getpid(), began=began, answered=now, ended=now)
+                )
             yield Arrival(instruction=call.message, reply=reply)
 
     def close(self) -> None:

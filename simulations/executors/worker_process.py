@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pickle
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,7 +20,7 @@ from ...core.errors import RunError
 from ...server.grid import fold_in
 from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
-from .executor import Call, answer
+from .executor import Call, CallTimes, answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Outcome:
     state: dict[str, Any]
     trace: str | None
     folded_bytes: int | None = None
+    times: CallTimes | None = None
 
 
 def work(connection: Connection, recipe: Recipe) -> None:
@@ -125,9 +128,11 @@ class Worker:
             state=flower.tree_to_state(order.state),
             run_config=order.run_config,
         )
+        began = time.perf_counter()
         reply, trace = answer(
             self._app, Call(client=order.client, message=message, context=context), isolate=self._isolate
         )
+        answered = time.perf_counter()
         folded_bytes = None
         if self._fold is not None and self._total is not None:
             reply, folded_bytes = fold_in(self._fold, self._total, message, reply)
@@ -139,6 +144,14 @@ class Worker:
             state=flower.state_to_tree(context.state),
             trace=trace,
             folded_bytes=folded_bytes,
+            times=CallTimes(
+                client=order.client,
+                kind=order.kind,
+                process=os.getpid(),
+                began=began,
+                answered=answered,
+                ended=time.perf_counter(),
+            ),
         )
 
 

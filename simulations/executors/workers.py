@@ -24,13 +24,13 @@ from ...core import flower
 from ...server.grid import Arrival
 from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
-from .executor import Call
+from .executor import Call, Watch
 from .worker_process import Chunk, Order, Outcome, work
 
 # A call that ends this many workers is taken for a failure of that client.
 MOST_DEATHS = 2
 CHUNKS_PER_WORKER = 4
-PRELOAD = ["bract.simulations.executors.executor.worker_process"]
+PRELOAD = ["bract.simulations.executors.worker_process"]
 
 Orders = tuple[Order, ...]
 
@@ -63,8 +63,8 @@ class _Exchange:
 class WorkerPool:
     """An executor of so many worker processes, started at the first call."""
 
-    def __init__(self, recipe: Recipe, count: int, *, log: Callable[[str], None]) -> None:
-        self._recipe, self._count, self._log = recipe, count, log
+    def __init__(self, recipe: Recipe, count: int, *, log: Callable[[str], None], watch: Watch | None = None) -> None:
+        self._recipe, self._count, self._log, self._watch = recipe, count, log, watch
         self._workers: list[_Worker] = []
         self._contents = 0
         self._exchanges = 0
@@ -210,6 +210,8 @@ class WorkerPool:
     def _arrival(self, call: Call, outcome: Outcome, *, total: Total | None) -> Arrival:
         if outcome.trace:
             self._log(outcome.trace)
+        if outcome.times is not None and self._watch is not None:
+            self._watch(outcome.times)
         call.context.state = flower.tree_to_state(outcome.state)
         if outcome.error is not None:
             reply = flower.error_reply(call.message, *outcome.error)

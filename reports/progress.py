@@ -50,7 +50,7 @@ class Progress:
         self._name = ""
         self._guarantee: Guarantee | None = None
         self._first, self._done, self._rounds = 1, 0, 0
-        self._cohort = self._replied = self._failed = self._failures = 0
+        self._cohort = self._replied = self._failed = self._failures = self._all = 0
         self._epsilon: float | None = None
         self._metrics: Mapping[str, Any] = {}
         self._phase: tuple[str, int | None, int] | None = None
@@ -84,6 +84,7 @@ class Progress:
                 self._cohort, self._replied, self._failed = event.cohort, 0, 0
             case ClientReplied():
                 self._replied += 1
+                self._all += 1
             case ClientFailed():
                 self._fail(event)
             case RoundFinished():
@@ -132,8 +133,8 @@ class Progress:
         if self._live is None and (now - self._said >= PLAIN_INTERVAL or event.round in (self._first, self._rounds)):
             self._said = now
             shown = "".join(f", {part}" for part in (self._epsilon_text(), *self._metric_texts(found)) if part)
-            left = f", {self._left()}" if self._left() else ""
-            self._say(f"round {event.round}/{self._rounds}: {self._clients_text()}{shown}{left}")
+            ahead = "".join(f", {part}" for part in (self._rate(), self._left()) if part)
+            self._say(f"round {event.round}/{self._rounds}: {self._clients_text()}{shown}{ahead}")
 
     def _say(self, text: str, *, style: str = "", plain_only: bool = False) -> None:
         if self._live is None:
@@ -150,7 +151,7 @@ class Progress:
                 _bar(
                     "round", self._done, self._rounds,
                     self._clients_text(short=True),
-                    self._left(),
+                    "   ".join(part for part in (self._rate(), self._left()) if part),
                 )
             )  # fmt: skip
         if self._phase is not None:
@@ -183,6 +184,12 @@ class Progress:
             f"{'AUC' if name == 'auc' else words.printable(name)} {words.number(value)}"
             for name, value in metrics.items()
         ]
+
+    def _rate(self) -> str:
+        """How many clients train in a second: of simulated ones, as real ones take what they take."""
+        seconds = self._clock() - self._began
+        rate = self._all / seconds if seconds > 0 else 0.0
+        return f"{rate:,.0f} clients/s" if rate >= 2 else ""
 
     def _left(self) -> str:
         """The time that the other rounds will take if they go on as they went."""

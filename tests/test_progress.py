@@ -63,8 +63,8 @@ def test_plain_lines_at_most_one_a_second() -> None:
             for event in a_round(number):
                 progress(event)
     lines = [line for line in output.getvalue().splitlines() if line.startswith("round ")]
-    assert lines[0].startswith("round 1/100: 2 of 2 clients, epsilon so far 0.1, about 10 s left")
-    assert lines[-1] == "round 100/100: 2 of 2 clients, epsilon so far 10"
+    assert lines[0].startswith("round 1/100: 2 of 2 clients, epsilon so far 0.1, 20 clients/s, about 10 s left")
+    assert lines[-1] == "round 100/100: 2 of 2 clients, epsilon so far 10, 20 clients/s"
     assert 10 <= len(lines) <= 12
 
 

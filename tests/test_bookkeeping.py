@@ -18,6 +18,7 @@ from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError, RunError
 from bract.core.keys import Key
+from bract.privacy.dpsgd import gradients as gradients_of
 from bract.privacy.dpsgd import per_example
 from bract.privacy.dpsgd.bookkeeping import BookKeeping, supports
 from bract.privacy.dpsgd.dpsgd import DPSGD
@@ -183,13 +184,13 @@ def test_channels_last_images_give_the_same_sum() -> None:
 
 def test_no_gradient_of_a_wide_layer_is_written_out_by_example(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    real = per_example._written_out
+    real = gradients_of._written_out
 
-    def seen(parameter: nn.Parameter, gradients: Tensor, **options: bool) -> per_example.Gradients:
+    def seen(parameter: nn.Parameter, gradients: Tensor, **options: bool) -> gradients_of.Gradients:
         shapes.append(tuple(gradients.shape))
         return real(parameter, gradients, **options)
 
-    monkeypatch.setattr(per_example, "_written_out", seen)
+    monkeypatch.setattr(gradients_of, "_written_out", seen)
     for name in ("mlp", "short sequence", "small image"):
         module, inputs = built(name)
         before = len(shapes)
@@ -363,8 +364,8 @@ def test_a_step_refuses_what_the_trial_would(module: nn.Module) -> None:
 def test_the_trial_sees_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
     assert supports(module, torch.randn(2, 5))
-    real = per_example._norms
-    monkeypatch.setattr(per_example, "_norms", lambda tensor: real(tensor) * 0.9)
+    real = per_example.norms
+    monkeypatch.setattr(per_example, "norms", lambda tensor: real(tensor) * 0.9)
     assert not supports(module, torch.randn(2, 5))
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bract.privacy import accounting
-from bract.privacy.ledger.composition import DISTINCT, ORDERS, composed, renyi_costs
+from bract.privacy.ledger.composition import DISTINCT, composed
 from bract.privacy.ledger.events import (
     Claimed,
     DiscreteLaplace,
@@ -27,6 +27,7 @@ from bract.privacy.ledger.events import (
     event_to_dict,
     round_of,
 )
+from bract.privacy.ledger.renyi import ORDERS, renyi_costs
 from bract.privacy.ledger.spending import SHARES, fits, spent
 from bract.privacy.mechanism import RecordLevelPlan
 

@@ -1,7 +1,7 @@
 """DP-SGD by book-keeping (Bu, Wang, Zha & Karypis 2023): one backward pass, and no gradients of wide layers by example.
 
 The backward pass goes to the layers' outputs alone. With each layer's input it gives the norms of the examples'
-gradients (`privacy.per_example`), and then the clipped sum as one weighted contraction. Clipping factors, noise and
+gradients (`gradients`), and then the clipped sum as one weighted contraction. Clipping factors, noise and
 denominator are those of `privacy.dpsgd`: the two engines differ by rounding only.
 """
 
@@ -22,8 +22,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...core.errors import RunError
 from ...core.keys import Key, Stream
 from ..mechanism import RecordLevelPlan
+from .gradients import Clean, Gradients, finite, unchanged
 from .passes import Loss, take_passes, trained_layers
-from .per_example import Clean, Gradients, Kind, finite, kind_of, unchanged
+from .per_example import Kind, kind_of
 from .stream_optimizer import StreamOptimizer
 
 

@@ -12,32 +12,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-Clean = Callable[[Tensor], Tensor]
-Add = Callable[[Tensor, Tensor, Clean, bool], None]
-
-_VANISHED = 1e-18
-"""More than a float32 number whose square vanishes: a norm is made longer by it."""
-_ROUNDING = 2.0**-23
-"""A ghost norm is of the exact gradient; its float32 sum may be longer by this share of Σ |a_t| |g_t|."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """The gradients of n examples for one parameter: `norms` [n], and `add` for Σ factor · gradient.
-
-    A norm is too small by rounding in float32 at most, and not finite if the gradient is not. `add` takes the total in
-    the parameter's shape, the factors [n], `finite` or `unchanged` for the tensors that it multiplies (if an example is
-    bad, only the first makes 0 · gradient zero), and whether to add to the total or to overwrite it.
-    """
-
-    parameter: Tensor
-    norms: Tensor
-    add: Add
+from .gradients import (
+    Clean,
+    Gradients,
+    add_product,
+    add_rows,
+    add_to,
+    ghost_norms,
+    inner_products,
+    norms,
+    of_bias,
+    of_positions,
+    weighted,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,23 +86,23 @@ def _of_linear(layer: nn.Linear, inputs: Tensor, outputs: Tensor) -> list[Gradie
     if inputs.dim() > 2:
         # A sequence: its positions, whatever their dimensions, are one.
         a, g = (each.flatten(1, -2).unsqueeze(1) for each in (inputs, outputs))
-        found = [_of_positions(layer.weight, a, g)] if layer.weight.requires_grad else []
-        return found + _of_bias(layer.bias, lambda: g.sum(dim=(1, 2)))
-    size = _norms(outputs)
+        found = [of_positions(layer.weight, a, g)] if layer.weight.requires_grad else []
+        return found + of_bias(layer.bias, lambda: g.sum(dim=(1, 2)))
+    size = norms(outputs)
     found = []
     if layer.weight.requires_grad:
         found.append(
             Gradients(
                 parameter=layer.weight,
-                norms=size * _norms(inputs),
-                add=lambda total, factors, clean, more: _add_product(
-                    total, _weighted(factors, clean(outputs)), clean(inputs), more
+                norms=size * norms(inputs),
+                add=lambda total, factors, clean, more: add_product(
+                    total, weighted(factors, clean(outputs)), clean(inputs), more
                 ),
             )
         )
     bias = layer.bias
     if bias is not None and bias.requires_grad:
-        found.append(Gradients(parameter=bias, norms=size, add=partial(_add_rows, outputs)))
+        found.append(Gradients(parameter=bias, norms=size, add=partial(add_rows, outputs)))
     return found
 
 
@@ -135,14 +126,14 @@ def _of_convolution(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, outputs: Tenso
 
         def add(total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
             gradient = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-            weighed, shape = _weighted(factors, clean(outputs)), layer.weight.shape
+            weighed, shape = weighted(factors, clean(outputs)), layer.weight.shape
             options = (layer.stride, padding, layer.dilation, groups)
-            _add(total, gradient(clean(inputs), shape, weighed, *options), more)  # type: ignore[no-untyped-call]
+            add_to(total, gradient(clean(inputs), shape, weighed, *options), more)  # type: ignore[no-untyped-call]
 
         patches = _patches(layer, inputs, padding)
         g = outputs.reshape(count, groups, -1, patches.shape[2]).mT
-        found.append(_of_positions(layer.weight, patches, g, add))
-    return found + _of_bias(layer.bias, lambda: outputs.flatten(2).sum(dim=2))
+        found.append(of_positions(layer.weight, patches, g, add))
+    return found + of_bias(layer.bias, lambda: outputs.flatten(2).sum(dim=2))
 
 
 def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, padding: Sequence[int]) -> Tensor:
@@ -170,41 +161,6 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, padding: Sequence[int
     return seen.reshape(count, layer.groups, rows * columns, high * wide * own)
 
 
-def _of_positions(parameter: Tensor, a: Tensor, g: Tensor, add: Add | None = None) -> Gradients:
-    """Return the gradients Σ_t g_t a_tᵀ of inputs a [n, groups, T, p] and output gradients g [n, groups, T, q]."""
-    positions, numbers = a.shape[2], a.shape[3] * g.shape[3]
-    # Twice, since the ghost norm takes float64.
-    if 2 * positions * (a.shape[3] + g.shape[3]) > numbers:
-        return _written_out(parameter, g.mT @ a, channels_last=parameter.dim() > 2)
-    products = _inner_products(a) * _inner_products(g)
-    return Gradients(
-        parameter=parameter,
-        norms=_ghost_norms(products, _norms(a) * _norms(g)),
-        add=add
-        or (
-            lambda total, factors, clean, more: _add_product(
-                total, _weighted(factors, clean(g)).flatten(0, 2), clean(a).flatten(0, 2), more
-            )
-        ),
-    )
-
-
-def _inner_products(vectors: Tensor) -> Tensor:
-    wide = vectors.double()
-    return wide @ wide.mT
-
-
-def _ghost_norms(products: Tensor, most: Tensor) -> Tensor:
-    """Return the roots [n] of the sums of products [n, ...], and what rounding the gradient itself may add.
-
-    `most` [n] is at least Σ |a_t| |g_t|, of which the products may have cancelled all but little.
-    """
-    squares = products.flatten(1).sum(dim=1)
-    # clamp would make a norm of what is not a number.
-    root = torch.where(squares < 0, torch.zeros_like(squares), squares).sqrt()
-    return root.to(most.dtype) + _ROUNDING * most
-
-
 def _plain_embedding(layer: nn.Embedding) -> bool:
     return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
 
@@ -221,14 +177,14 @@ def _of_embedding(layer: nn.Embedding, inputs: Tensor, outputs: Tensor) -> list[
         g = g.masked_fill((words == layer.padding_idx).unsqueeze(2), 0.0)
     same = words.unsqueeze(2) == words.unsqueeze(1)
     # A product, since `where` would hide a NaN.
-    norms = _ghost_norms(_inner_products(g) * same, _norms(g) * math.sqrt(words.shape[1]))
+    found = ghost_norms(inner_products(g) * same, norms(g) * math.sqrt(words.shape[1]))
 
     def add(total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
         if not more:
             total.zero_()
-        total.index_add_(0, words.flatten(), _weighted(factors, clean(g)).flatten(0, 1))
+        total.index_add_(0, words.flatten(), weighted(factors, clean(g)).flatten(0, 1))
 
-    return [Gradients(parameter=layer.weight, norms=norms, add=add)]
+    return [Gradients(parameter=layer.weight, norms=found, add=add)]
 
 
 def _layer_norm(layer: nn.LayerNorm, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +198,7 @@ def _of_layer_norm(layer: nn.LayerNorm, inputs: Tensor, outputs: Tensor) -> list
 
     normal = functional.layer_norm(inputs.to(outputs.dtype), layer.normalized_shape, eps=layer.eps)
     scale, shift = layer.weight, layer.bias
-    return _of_bias(scale, lambda: total(normal * outputs)) + _of_bias(shift, lambda: total(outputs))
+    return of_bias(scale, lambda: total(normal * outputs)) + of_bias(shift, lambda: total(outputs))
 
 
 def _group_norm(layer: nn.GroupNorm, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,67 +212,7 @@ def _of_group_norm(layer: nn.GroupNorm, inputs: Tensor, outputs: Tensor) -> list
 
     normal = functional.group_norm(inputs.to(outputs.dtype), layer.num_groups, eps=layer.eps)
     scale, shift = layer.weight, layer.bias
-    return _of_bias(scale, lambda: total(normal * outputs)) + _of_bias(shift, lambda: total(outputs))
-
-
-def _of_bias(parameter: Tensor | None, gradients: Callable[[], Tensor]) -> list[Gradients]:
-    """Return the gradients of a parameter that may be missing or frozen."""
-    if parameter is None or not parameter.requires_grad:
-        return []
-    return [_written_out(parameter, gradients())]
-
-
-def _written_out(parameter: Tensor, gradients: Tensor, *, channels_last: bool = False) -> Gradients:
-    """Return gradients [n, ...] that are small enough to be there, those of a convolution with channels last."""
-    rows, shape = gradients.flatten(1), parameter.shape
-
-    def reordered(total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
-        _add(total, (factors @ clean(rows)).view(shape[0], *shape[2:], shape[1]).movedim(-1, 1), more)
-
-    return Gradients(
-        parameter=parameter,
-        norms=torch.linalg.vector_norm(rows, dim=1),
-        add=reordered if channels_last else partial(_add_rows, rows),
-    )
-
-
-def _add_rows(rows: Tensor, total: Tensor, factors: Tensor, clean: Clean, more: bool) -> None:
-    """Add Σ factor · row of rows [n, numbers]."""
-    total.view(-1).addmv_(clean(rows).mT, factors, beta=float(more))
-
-
-def _add_product(total: Tensor, g: Tensor, a: Tensor, more: bool) -> None:
-    """Add gᵀa of g [n, q] and a [n, p] to a total [q, p], without a copy of it in between."""
-    # With beta = 0 what was in the total does not count, be it infinite.
-    total.addmm_(g.mT, a, beta=float(more))
-
-
-def _add(total: Tensor, part: Tensor, more: bool) -> None:
-    if more:
-        total.add_(part)
-    else:
-        total.copy_(part)
-
-
-def finite(tensor: Tensor) -> Tensor:
-    """Return a tensor with 0 for what is not finite."""
-    return tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def unchanged(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is."""
-    return tensor
-
-
-def _norms(tensor: Tensor) -> Tensor:
-    """Return norms [n] that are not too small, even where the squares of all numbers vanish."""
-    rows = tensor.flatten(1) if tensor.dim() > 2 else tensor
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.add_(_VANISHED * math.sqrt(rows.shape[1]))
-
-
-def _weighted(factors: Tensor, tensor: Tensor) -> Tensor:
-    return tensor * (factors.unsqueeze(1) if tensor.dim() == 2 else factors.view(-1, *[1] * (tensor.dim() - 1)))
+    return of_bias(scale, lambda: total(normal * outputs)) + of_bias(shift, lambda: total(outputs))
 
 
 def _detached(parameter: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Epsilon of a multiset of events that was fixed in advance, and the Rényi costs that a filter sums.
+"""Epsilon of a multiset of events that was fixed in advance.
 
 Four bounds, of which the least counts: basic composition where each event has an epsilon of its own, the closed form
 where all are Gaussian, privacy loss distributions of up to DISTINCT different events (as privacy/accounting.py), and
@@ -10,20 +10,16 @@ is imported only for what is sampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from .. import accounting
 from .events import Claimed, DiscreteLaplace, Event, Gaussian, SampledGaussian
+from .renyi import LEAST_DELTA, Counts, added, computable, converted, renyi_costs
 
-Counts = Mapping[Event, int]
 Method = Literal["none", "sum", "closed form", "PLD", "RDP", "RDP filter", "claimed"]
 
-ORDERS = (2, 3, 5, 8, 13, 24, 48, 128, 512)
-"""Rényi orders, fixed for ever: a filter whose orders were chosen after seeing results would be void. Whole numbers,
-because the series for others does not converge for small noise."""
 DISTINCT = 3
 """With more distinct events in one plan, Rényi accounting takes the place of the distributions."""
 LONGEST = 300_000
@@ -32,9 +28,6 @@ ROUNDING = 1e-9
 """Share of epsilon that sums of floats may exceed it by: 3 · (1 / 3) epsilon is the whole, not more."""
 
 _LARGEST_NUMERIC = 20.0
-_ROUNDING_OF_A_STEP = 1e-15
-# Beyond these, squares and logarithms leave what floats can hold.
-_LEAST_NOISE, _MOST_NOISE, _LEAST_RATE, _LEAST_DELTA = 1e-6, 1e7, 1e-12, 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +48,7 @@ def composed(counts: Counts, delta: float, *, interval: float = accounting.SHOWN
     A wider `interval` of the distributions is quicker, and a bound too.
     """
     drawn = {event: times for event, times in positive(counts).items() if not _is_empty(event)}
-    return _composed(frozenset(_computable(drawn).items()), delta, interval)
+    return _composed(frozenset(computable(drawn).items()), delta, interval)
 
 
 @lru_cache(maxsize=256)
@@ -64,7 +57,7 @@ def _composed(items: frozenset[tuple[Event, int]], delta: float, interval: float
     if not counts:
         return Figure(epsilon=0.0, method="none")
     added = summed(counts, delta)
-    if delta < _LEAST_DELTA or any(isinstance(event, Claimed) for event in counts):
+    if delta < LEAST_DELTA or any(isinstance(event, Claimed) for event in counts):
         return added
     renyi = Figure(epsilon=converted(renyi_costs(counts), delta), method="RDP")
     if _steps(counts) > LONGEST:
@@ -74,19 +67,6 @@ def _composed(items: frozenset[tuple[Event, int]], delta: float, interval: float
         close = renyi.epsilon <= _LARGEST_NUMERIC or len(counts) == 1
         numeric = [_numeric(counts, delta, interval)] if close else []
     return min(added, _closed_form(counts, delta), *numeric, renyi, key=lambda each: each.epsilon)
-
-
-def _computable(counts: Counts) -> dict[Event, int]:
-    """Return the events as accountants can compute them: with as much noise and as small a rate as they can take."""
-    found: dict[Event, int] = {}
-    for event, times in counts.items():
-        if isinstance(event, SampledGaussian | Gaussian):
-            noise = event.noise_multiplier
-            event = replace(event, noise_multiplier=min(noise, _MOST_NOISE) if noise >= _LEAST_NOISE else 0.0)
-        if isinstance(event, SampledGaussian):
-            event = replace(event, sampling_rate=max(event.sampling_rate, _LEAST_RATE) if event.sampling_rate else 0.0)
-        found[event] = found.get(event, 0) + times
-    return found
 
 
 def _steps(counts: Counts) -> int:
@@ -103,7 +83,7 @@ def summed(counts: Counts, delta: float) -> Figure:
         return Figure(epsilon=math.inf, method="claimed" if claimed else "sum")
     epsilons = [event.epsilon * times for event, times in claimed.items()]
     epsilons += [event.cost * times for event, times in pure.items()]
-    return Figure(epsilon=_added(epsilons), method="claimed" if claimed else "sum")
+    return Figure(epsilon=added(epsilons), method="claimed" if claimed else "sum")
 
 
 def _closed_form(counts: Counts, delta: float) -> Figure:
@@ -224,68 +204,6 @@ def _distributions(counts: Counts, delta: float) -> float:
             pure = common.DifferentialPrivacyParameters(event.cost, 0.0)
             whole = whole.compose(pld.from_privacy_parameters(pure, interval).self_compose(times))
     return float(whole.get_epsilon_for_delta(delta))
-
-
-def renyi_costs(counts: Counts) -> list[float]:
-    """Return the Rényi costs of events at each of ORDERS; infinite where an event has none."""
-    curves = [(_curve(event), times) for event, times in _computable(counts).items()]
-    return [_added([curve[place] * times for curve, times in curves]) for place in range(len(ORDERS))]
-
-
-def converted(costs: list[float], delta: float) -> float:
-    """Rényi costs at ORDERS to epsilon (Canonne, Kamath and Steinke 2020, proposition 12)."""
-    if not any(costs):
-        return 0.0
-    if delta < _LEAST_DELTA / len(ORDERS):
-        return math.inf
-    found = [
-        cost + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
-        for order, cost in zip(ORDERS, costs, strict=True)
-    ]
-    return max(0.0, min(found))
-
-
-@lru_cache(maxsize=1024)
-def _curve(event: Event) -> tuple[float, ...]:
-    """Return the Rényi cost of one event at each of ORDERS."""
-    if isinstance(event, Claimed):
-        return (math.inf,) * len(ORDERS)
-    if isinstance(event, DiscreteLaplace):
-        return tuple(_pure(event.cost, order) for order in ORDERS)
-    if event.noise_multiplier == 0:
-        return (math.inf,) * len(ORDERS)
-    moved = 4 if event.relation == "replace-one" else 1
-    unamplified = [event.steps * moved * order / (2 * event.noise_multiplier**2) for order in ORDERS]
-    # No Rényi bound is known to dp-accounting for replace-one: there the bound without amplification stands.
-    if isinstance(event, Gaussian) or event.sampling_rate == 1 or event.relation == "replace-one":
-        return tuple(unamplified)
-    if event.sampling_rate == 0:
-        return (0.0,) * len(ORDERS)
-    amplified = _sampled(event.sampling_rate, event.noise_multiplier, event.steps)
-    return tuple(min(pair) for pair in zip(amplified, unamplified, strict=True))
-
-
-def _sampled(sampling_rate: float, noise_multiplier: float, steps: int) -> list[float]:
-    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant
-
-    renyi = RdpAccountant(orders=list(ORDERS), neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
-    renyi.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)), steps)
-    # What rounding may have taken from the cost of a step, which is the logarithm of a number near 1.
-    return [max(0.0, float(each)) + _ROUNDING_OF_A_STEP * steps for each in renyi.rdp]
-
-
-def _pure(epsilon: float, order: int) -> float:
-    """Rényi divergence of randomized response, the worst of all epsilon-DP (Kairouz et al. 2015, theorem 3.1)."""
-    log_p = -math.log1p(math.exp(-epsilon))
-    log_q = log_p - epsilon
-    high, low = order * log_p + (1 - order) * log_q, order * log_q + (1 - order) * log_p
-    return min(epsilon, max(0.0, (high + math.log1p(math.exp(low - high))) / (order - 1)))
-
-
-def _added(values: list[float]) -> float:
-    """Return the exact sum; infinite beyond the largest float, where fsum raises."""
-    return math.inf if math.isinf(sum(values)) else math.fsum(values)
 
 
 def _is_empty(event: Event) -> bool:

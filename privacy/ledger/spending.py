@@ -30,7 +30,8 @@ events are added. It is what the filter counts: the proven statement is (epsilon
 from __future__ import annotations
 
 from .. import accounting
-from .composition import ORDERS, Counts, Figure, composed, converted, positive, renyi_costs, summed
+from .composition import Figure, composed, positive, summed
+from .renyi import ORDERS, Counts, converted, renyi_costs
 
 SHARES = (0.001, 0.1, 0.5, 0.9, 0.99)
 

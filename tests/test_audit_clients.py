@@ -366,13 +366,13 @@ def test_files_that_tell_the_size_of_a_cohort_or_a_name_fail(tiny, monkeypatch):
 
 @pytest.mark.soak
 def test_files_that_tell_a_number_that_a_client_sent_fail(tiny, monkeypatch):
-    real = rounds.RoundLoop._train
+    real = rounds.RoundLoop.train
 
     def telling(self, *given):
         arrays, record = real(self, *given)
         return arrays, {**record, "loss": 0.57721566}
 
-    monkeypatch.setattr(rounds.RoundLoop, "_train", telling)
+    monkeypatch.setattr(rounds.RoundLoop, "train", telling)
     assert "a number that a client sent" in failing(tiny(**SERVER), "release")["release"]
 
 

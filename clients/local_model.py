@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.parameters import Arrays, Layout
-from ..strategies.local_rule import arrays_like
+from ..strategies.tensors import arrays_like
 from ..tasks.task import Task, initial_model
 from .training import LocalTraining
 

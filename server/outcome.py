@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from ..core.errors import BractError
 from ..privacy.guarantee import Guarantee
@@ -41,6 +39,9 @@ def conclude(
     training_seconds: float,
 ) -> Result:
     """Write what the run leaves, and return its result."""
+    # With the module torch is there; a run without one needs none until here.
+    from ..strategies.tensors import arrays_like
+
     directory = setting.directory
     arrays, histograms = kept(progress, keeps_best=keeps_best)
     module = setting.module(arrays).cpu().eval()
@@ -52,7 +53,7 @@ def conclude(
         "rounds": progress.round,
         "metrics": evaluation.metrics if evaluation else dict(progress.strategy_metrics),
         "guarantee": guarantee.to_dict(),
-        "model_sha256": directory.save_model(_state(module)),
+        "model_sha256": directory.save_model(arrays_like(module.state_dict())),
         "seconds": round(seconds, 3),
         **_traffic(setting, progress),
         "clients_per_second": round(_trained(setting, progress) / training_seconds, 3),
@@ -76,11 +77,3 @@ def _traffic(setting: Setting, progress: Progress) -> dict[str, int]:
 def _trained(setting: Setting, progress: Progress) -> int:
     """Return how many times a client was trained; the expected number where cohorts are secret."""
     return progress.trained if setting.aggregate is None else setting.aggregate.cohort * progress.round
-
-
-def _state(module: nn.Module) -> dict[str, NDArray[np.generic]]:
-    # numpy has no bfloat16; float32 holds its values exactly.
-    return {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        for name, tensor in module.state_dict().items()
-    }

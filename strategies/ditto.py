@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from ..core.parameters import Arrays
 from .fedavg import FedAvg
 from .fedprox import Proximal
-from .local_rule import LocalRound, LocalRule, Sent, arrays_like, copies, tensors_like
+from .local_rule import LocalRound, LocalRule, Sent
+from .tensors import arrays_like, copies, put, tensors_like
 from .values import number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..experiment import TrainTable
 
 OWN_MODEL = "own-model"
@@ -75,13 +75,6 @@ def adopt_own_model(tensors: Mapping[str, Tensor], state: Mapping[str, Arrays]) 
     """Put the client's own model into the tensors, if it has one yet."""
     if OWN_MODEL in state:
         put(tensors, tensors_like(state[OWN_MODEL], tensors))
-
-
-@torch.no_grad()
-def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into tensors, in place."""
-    for name, tensor in tensors.items():
-        tensor.copy_(values[name])
 
 
 def _no_personal_layers(train: TrainTable) -> tuple[str, str] | None:

@@ -19,17 +19,8 @@ from numpy.typing import NDArray
 from ..core.parameters import arrays_of, record_of
 from .fedavg import FedAvg
 from .fold import Total
-from .local_rule import (
-    LocalRound,
-    LocalRule,
-    Sent,
-    add_to_gradient,
-    arrays_like,
-    copies,
-    population_of,
-    statistics_of,
-    tensors_like,
-)
+from .local_rule import LocalRound, LocalRule, Sent, population_of, statistics_of
+from .tensors import add_to_gradient, arrays_like, copies, tensors_like
 from .values import number
 
 GRADIENT = "gradient-state"

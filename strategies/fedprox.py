@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from .fedavg import FedAvg
-from .local_rule import LocalRound, LocalRule, Sent, add_to_gradient, copies
+from .local_rule import LocalRound, LocalRule, Sent
+from .tensors import add_to_gradient, copies
 from .values import number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Flower's own FedProx sends mu under this name, so its clients understand ours.
 MU_KEY = "proximal-mu"

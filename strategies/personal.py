@@ -18,19 +18,17 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-
 from ..core.errors import InputError
 from .fedavg import FedAvg
 from .local_rule import LocalRound, LocalRule, Sent
 from .values import patterns, whole_number
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..experiment import TrainTable
 
 _ALL_UNITS = frozenset({"none", "record", "client"})
-_NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class FedPer(FedAvg):
@@ -119,7 +117,11 @@ def head_of(module: nn.Module, *, chosen: tuple[str, ...]) -> tuple[str, ...]:
 
 def normalization_of(module: nn.Module) -> tuple[str, ...]:
     """Return the parameters and buffers of all normalization layers; raises InputError if there are none."""
-    layers = [path for path, layer in module.named_modules() if isinstance(layer, _NORMALIZATIONS)]
+    from torch import nn
+    from torch.nn.modules.batchnorm import _NormBase
+
+    normalizations = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    layers = [path for path, layer in module.named_modules() if isinstance(layer, normalizations)]
     if not any(any(True for _ in module.get_submodule(path).parameters()) for path in layers):
         raise InputError(
             "experiment-conflict",

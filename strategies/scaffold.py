@@ -21,18 +21,8 @@ from ..core.parameters import Layout, arrays_of, record_of
 from ..core.ring import ExactSum, Ring
 from .fedavg import FedAvg
 from .fold import Fold, Total
-from .local_rule import (
-    LocalRound,
-    LocalRule,
-    Sent,
-    add_to_gradient,
-    arrays_like,
-    copies,
-    needs_plain_sgd,
-    population_of,
-    statistics_of,
-    tensors_like,
-)
+from .local_rule import LocalRound, LocalRule, Sent, needs_plain_sgd, population_of, statistics_of
+from .tensors import add_to_gradient, arrays_like, copies, tensors_like
 from .values import number
 
 VARIATE = "variate"

@@ -158,3 +158,30 @@ def test_a_clone_of_any_name_collects_its_own_tests_once(name: str, tmp_path: Pa
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "1 passed" in ended.stdout
+
+
+# Building the model whose first weights a server sends, and writing the trained one, takes torch.
+BUILDS_MODELS = ("server.federation", "server.trained_model")
+WITHOUT_TORCH = """
+import sys
+from importlib import import_module
+
+for name in sys.argv[1:]:
+    import_module(f"bract.{name}")
+from bract.strategies.registry import load_strategy
+
+for name in ("fedavg", "fedadam", "fedmedian", "krum"):
+    load_strategy(name, {})
+print(*sorted({"torch", "opacus"} & sys.modules.keys()))
+"""
+
+
+def test_the_servers_rounds_and_transport_run_without_torch() -> None:
+    names = [
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in ROOT.glob("server/**/*.py")
+    ]
+    kept = [name for name in names if not name.startswith(BUILDS_MODELS) and not name.endswith("__init__")]
+    assert len(kept) >= 20
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *kept], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == []

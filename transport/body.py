@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from ..core.errors import RunError
+from .ahead import STRETCH, Ahead
 from .federation_pb2 import Header, Manifest, Segment
 from .records import Segments, read_records, write_records
 from .wire import MANIFEST, PIECE, piece, shown
@@ -113,6 +114,8 @@ class Incoming:
         self._buffer = self._room[start : start + header.size]
         self._view = self._buffer.data
         self._filled = 0
+        self._ahead: Ahead | None = None
+        self._asked = 0
 
     @property
     def remaining(self) -> int:
@@ -126,20 +129,26 @@ class Incoming:
         self._view[self._filled : self._filled + len(data)] = data
         self._filled += len(data)
 
+    @property
+    def worth_hashing(self) -> bool:
+        """Whether enough has arrived since `hash_ahead` for another turn of it."""
+        return self._filled - max(self._asked, self.header.manifest) >= STRETCH
+
+    def hash_ahead(self) -> None:
+        """Hash what has arrived so far, in any thread, while further pieces are added."""
+        self._asked = self._filled
+        if self._ahead is None:
+            self._ahead = Ahead(self._buffer, self._places())
+        self._ahead.go_on(self._asked)
+
     def content(self) -> RecordDict | Error:
         """Return what arrived, once whole: verified, its arrays read-only views of the buffer.
 
         RunError `message-damaged` if a digest does not fit, `frame-invalid` if it is malformed.
         """
-        header = self.header
-        written = self._view[: header.manifest]
-        if hashlib.sha256(written).digest() != header.sha256:
-            raise RunError("message-damaged", "the manifest does not have its SHA-256")
-        try:
-            manifest = Manifest.FromString(bytes(written))
-        except DecodeError as error:
-            raise RunError("frame-invalid", "a manifest is not in the form of the protocol") from error
-        segments = _Cut(self._buffer, header.manifest)
+        manifest = self._manifest()
+        self.hash_ahead()
+        segments = _Cut(self._buffer, self.header.manifest, self._verify)
         if manifest.HasField("failure"):
             found: RecordDict | Error = Error(manifest.failure.code, shown(manifest.failure.reason, 1000))
         else:
@@ -147,22 +156,45 @@ class Incoming:
         segments.finish()
         return found
 
+    def _manifest(self) -> Manifest:
+        written = self._view[: self.header.manifest]
+        if hashlib.sha256(written).digest() != self.header.sha256:
+            raise RunError("message-damaged", "the manifest does not have its SHA-256")
+        try:
+            manifest: Manifest = Manifest.FromString(bytes(written))
+        except DecodeError as error:
+            raise RunError("frame-invalid", "a manifest is not in the form of the protocol") from error
+        return manifest
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Return where the segments will lie; none for a message of which `content` will say what is wrong."""
+        found: list[tuple[int, int]] = []
+        foreseen = _Cut(self._buffer, self.header.manifest, lambda start, segment: found.append((start, segment.size)))
+        try:
+            read_records(self._manifest().records, foreseen)
+        except RunError:
+            return []
+        return found
+
+    def _verify(self, start: int, segment: Segment) -> None:
+        assert self._ahead is not None
+        if self._ahead.digest(start, segment.size) != segment.sha256:
+            raise RunError("message-damaged", "a segment does not have its SHA-256")
+
 
 class _Cut(Segments):
-    """The segments of a buffer, cut one after the other and verified."""
+    """The segments of a buffer, cut one after the other; `check` is given the start of each before it is read."""
 
-    def __init__(self, buffer: NDArray[np.uint8], start: int) -> None:
-        self._buffer, self._end = buffer, start
+    def __init__(self, buffer: NDArray[np.uint8], start: int, check: Callable[[int, Segment], None]) -> None:
+        self._buffer, self._end, self._check = buffer, start, check
 
     def take(self, segment: Segment, size: int) -> NDArray[np.uint8]:
         start = aligned(self._end)
         if segment.size != size or start + size > self._buffer.size:
             raise RunError("frame-invalid", f"a segment of {segment.size} bytes where {size} belong")
         self._end = start + size
-        found = self._buffer[start : self._end]
-        if hashlib.sha256(found.data).digest() != segment.sha256:
-            raise RunError("message-damaged", "a segment does not have its SHA-256")
-        return found
+        self._check(start, segment)
+        return self._buffer[start : self._end]
 
     def rest(self) -> int:
         return self._buffer.size - self._end

@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 
 from ...core.errors import CATALOGUE, BractError, InputError, Refusal, RunError
-from ...transport.body import Incoming
 from ...transport.channel import CLIENT_OPTIONS, Credentials
 from ...transport.federation_pb2 import Farewell, Frame, Heartbeat, Lack, Welcome
+from ...transport.receiving import Receiving
 from ...transport.wire import METHOD, Limits, control, farewell, read
 from .desk import Desk
 
@@ -40,7 +40,7 @@ class Stream:
         self._wake = asyncio.Event()
         self._offered: str | None = None
         self._permitted = False
-        self._incoming: Incoming | None = None
+        self._incoming: Receiving | None = None
         self._heard = time.monotonic()
         self._call: Any = None
         self.welcomed = False
@@ -197,7 +197,7 @@ class Stream:
                 if self._incoming is not None:
                     raise RunError("frame-invalid", "a header within a message")
                 # One that is too large ends the stream, and the server is told by which code.
-                self._incoming = Incoming(frame.header, limit=self._limits.message_bytes)
+                self._incoming = Receiving(frame.header, limit=self._limits.message_bytes)
                 await self._whole()
             elif frame.WhichOneof("kind") == "farewell":
                 self.ended = frame.farewell
@@ -210,7 +210,7 @@ class Stream:
         if incoming is None or incoming.remaining:
             return
         self._incoming = None
-        content = await asyncio.get_running_loop().run_in_executor(None, incoming.content)
+        content = await incoming.content()
         self._desk.take(incoming.header, content)
         self._wake.set()
 

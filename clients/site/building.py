@@ -14,7 +14,8 @@ from ...experiment import Experiment
 from ...privacy.dpsgd.independence import refuse_mixing
 from ...privacy.policy import Policy, Update
 from ...strategies.compression import Compression
-from ...strategies.local_rule import LocalRule, arrays_like
+from ...strategies.local_rule import LocalRule
+from ...strategies.tensors import arrays_like
 from ...tasks.prepared import site_data
 from ...tasks.registry import find_task
 from ...tasks.task import SiteData, Task

@@ -14,11 +14,11 @@ from flwr.app import Error, Message, RecordDict
 from ... import __version__
 from ...core import flower
 from ...core.errors import BractError, RunError
-from ...transport.body import Incoming
 from ...transport.federation_pb2 import Ask, Farewell, Frame, Header, Heartbeat, Hello, Permit, Receipt, Welcome
 from ...transport.greeting import Hello as Greeting
 from ...transport.greeting import head_from, refuse_version
-from ...transport.wire import PIECE, PROTOCOL, Limits, control, farewell, head_of, read, shown
+from ...transport.receiving import Receiving
+from ...transport.wire import PROTOCOL, Limits, control, farewell, head_of, read, shown
 from .errands import Errand, Waiting
 from .roster import MOST_TRIES, Client, Roster
 
@@ -257,7 +257,7 @@ class Session:
 
     def _granted(self, errand: Errand, header: Header) -> None:
         try:
-            incoming = Incoming(header, limit=self._limits.message_bytes)
+            incoming = Receiving(header, limit=self._limits.message_bytes)
         except (RunError, MemoryError) as error:
             errand.mailbox.release(header.size)
             known = error if isinstance(error, RunError) else RunError("message-too-large", "the server has no memory")
@@ -280,10 +280,7 @@ class Session:
         if upload.incoming.remaining:
             return
         try:
-            if upload.incoming.header.size > PIECE:
-                found = await asyncio.get_running_loop().run_in_executor(None, upload.incoming.content)
-            else:
-                found = upload.incoming.content()
+            found = await upload.incoming.content()
         except RunError as error:
             if self._upload is not upload:
                 return
@@ -331,5 +328,5 @@ class Session:
 @dataclass(kw_only=True)
 class _Upload:
     errand: Errand
-    incoming: Incoming
+    incoming: Receiving
     moved: float

@@ -15,7 +15,8 @@ from ...clients.parts import app_module, local_model, local_rule
 from ...core.parameters import Layout
 from ...experiment import Experiment
 from ...strategies.compression import Compression
-from ...strategies.local_rule import PLAIN, LocalRule, arrays_like
+from ...strategies.local_rule import PLAIN, LocalRule
+from ...strategies.tensors import arrays_like
 from ...tasks.registry import find_task
 from ..traffic import Traffic, traffic_of
 from ..trained_model import load_tensors_into

@@ -100,6 +100,7 @@ def server(pipe: Connection, clients: int, megabytes: int, rounds: int) -> None:
             seconds = time.perf_counter() - begun
             assert all(reply.has_content() for reply in replies) and running.total is not None
             assert running.total.count == len(nodes)
+            assert fold.layout.unflatten_by(running.total.mean_between)
             return seconds
 
         small = {"w": np.zeros(10, np.float32)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
 Arrays = Mapping[str, NDArray[np.generic]]
+
+_STRETCH = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +78,20 @@ class Layout:
 
     def unflatten(self, vector: NDArray[np.float64]) -> dict[str, NDArray[np.generic]]:
         """Return the named arrays of a float64 vector [size]; integer tensors are rounded to the nearest."""
+        return self.unflatten_by(lambda start, stop: vector[start:stop])
+
+    def unflatten_by(self, between: Callable[[int, int], NDArray[np.float64]]) -> dict[str, NDArray[np.generic]]:
+        """Return the named arrays of a vector that is asked for in stretches, each [stop - start] and float64."""
         result: dict[str, NDArray[np.generic]] = {}
-        start = 0
+        begin = 0
         for name, shape, dtype, size in zip(self.names, self.shapes, self.dtypes, self.sizes, strict=True):
-            piece = vector[start : start + size]
-            start += size
-            if np.dtype(dtype).kind in "iub":
-                piece = np.rint(piece)
-            result[name] = piece.astype(dtype).reshape(shape)
+            made = np.empty(size, dtype)
+            for start in range(0, size, _STRETCH):
+                stop = min(start + _STRETCH, size)
+                stretch = between(begin + start, begin + stop)
+                made[start:stop] = np.rint(stretch) if made.dtype.kind in "iub" else stretch
+            begin += size
+            result[name] = made.reshape(shape)
         return result
 
 
@@ -116,5 +124,5 @@ def digest(arrays: Arrays) -> str:
         # ascontiguousarray would turn a scalar into a vector of one.
         array = np.asarray(arrays[name], order="C")
         state.update(f"{len(name)}:{name}{array.dtype.str}{array.shape}".encode())
-        state.update(array.tobytes())
+        state.update(array.reshape(-1).view(np.uint8).data)
     return state.hexdigest()

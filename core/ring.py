@@ -108,6 +108,10 @@ class ExactSum:
         """Return the weighted mean [size] as float64, or None while the total weight is zero."""
         return self.ring.decode(self.total) / self.weight if self.weight else None
 
+    def mean_between(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Return a stretch of the mean, whose whole would take as much memory as the sum; the weight is not zero."""
+        return self.ring.decode(self.total[start:stop]) / self.weight
+
     def _check_room(self, weight: int) -> None:
         if self.weight + weight > self.ring.capacity:
             raise RunError("value-out-of-range", f"the total weight exceeds {self.ring.capacity}")

@@ -32,6 +32,10 @@ class ReleasedMean(ExactSum):
         """Return x + (Σ clip(Δ_k) + noise) / (q·N), float64 [size]."""
         return self.released
 
+    def mean_between(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Return a stretch of it."""
+        return self.released[start:stop]
+
 
 class PrivateAggregation:
     """One run's client-level mechanism: `fold` before a round's replies, `release` after them.

@@ -130,8 +130,11 @@ class RunDirectory:
     def log(self, name: str, text: str) -> None:
         """Append text to a log in `private/`."""
         path = self.path / "private" / name
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
-            file.write(text.rstrip("\n") + "\n")
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
+                file.write(text.rstrip("\n") + "\n")
+        except OSError as error:
+            raise RunError("run-unwritable", f"{path}: cannot be written ({error.strerror})") from error
 
     def forget_after(self, name: str, round: int) -> None:
         """Drop the lines of rounds after a checkpoint's: they will be written again."""

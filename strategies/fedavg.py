@@ -69,10 +69,9 @@ class FedAvg(Strategy):
 
     def aggregate_total(self, server_round: int, total: Total) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the mean of what was folded, or None when nothing was."""
-        mean = total.mean()
-        if mean is None or self._layout is None:
+        if not total.weight or self._layout is None:
             return None, None
-        return record_of(self._layout.unflatten(mean)), MetricRecord()
+        return record_of(self._layout.unflatten_by(total.mean_between)), MetricRecord()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

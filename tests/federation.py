@@ -116,11 +116,12 @@ def fold_of(arrays, capacity=100):
     return WeightedSum(layout=Layout.of(arrays), ring=Ring(capacity=capacity))
 
 
-def inline(names, arrays):
-    total = fold_of(arrays).start()
+def inline(names, arrays, capacity=100):
+    fold = fold_of(arrays, capacity)
+    total = fold.start()
     for name in names:
         replied = {key: array + np.float32(value_of(name)) for key, array in arrays.items()}
-        fold_of(arrays).add(total, RecordDict({"a": record_of(replied)}))
+        fold.add(total, RecordDict({"a": record_of(replied)}))
     return total.total
 
 

@@ -174,7 +174,8 @@ class Owner:
             "connect_for": 20.0,
             "device": "cpu",
         }
-        return Client(Wishes(**{**given, **changes}), Screen(stream=self.said))
+        clock = changes.pop("clock", lambda: datetime.now(UTC))
+        return Client(Wishes(**{**given, **changes}), Screen(stream=self.said), clock=clock)
 
     def command(self, port: int, *more: str, insecure: bool = True) -> list[str]:
         known = ["--server", f"localhost:{port}", "--policy", str(self.policy), "--state", str(self.state)]
@@ -737,6 +738,22 @@ def test_the_name_of_a_certificate_is_the_name(owner: Owner, tmp_path: Path) -> 
     assert owner.client(1, **known, **{"name": None}).name == "berlin"
     with pytest.raises(InputError, match='--name = "paris": --identity is that of berlin'):
         owner.client(1, **known, name="paris")
+
+
+def test_a_site_that_stays_connected_is_warned_of_its_certificate_each_day(owner: Owner, tmp_path: Path) -> None:
+    clock = [datetime.now(UTC)]
+    with Server(**secured(tmp_path, days=20)) as server:
+        how = {"identity": tmp_path / "berlin", "server": f"localhost:{server.port}", "name": None}
+        client = owner.client(server.port, clock=lambda: clock[0], **how)
+        thread = threading.Thread(target=client.run)
+        thread.start()
+        server.listener.wait_for_clients(1, seconds=60)
+        for number, days in ((1, 0), (2, 1), (3, 0)):
+            clock[0] += timedelta(days=days)
+            assert weights(one(server.train(number)))
+    thread.join(20)
+    assert owner.said.getvalue().count("expires on") == 2
+    assert "in 19 days" in owner.said.getvalue() and "in 18 days" in owner.said.getvalue()
 
 
 def test_patience_believes_a_bad_certificate_at_the_third_sight() -> None:

@@ -597,16 +597,20 @@ def test_health(run):
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-def measured(megabytes, clients=2):
-    program = Path(__file__).parents[1] / "benchmarks" / "transport.py"
-    options = ["--megabytes", str(megabytes), "--clients", str(clients), "--rounds", "2", "--memory-only"]
+def benchmark(name, *options):
+    program = Path(__file__).parents[1] / "benchmarks" / name
     done = subprocess.run([sys.executable, program, *options], stdout=subprocess.PIPE, timeout=900, check=True)
     return json.loads(done.stdout)
 
 
-def test_the_benchmark_runs():
-    found = measured(2)
-    assert found["ping_ms"] > 0 and found["megabytes_per_second"] > 0
+def measured(megabytes, clients=2):
+    options = ["--megabytes", str(megabytes), "--clients", str(clients), "--rounds", "2", "--memory-only"]
+    return benchmark("transport.py", *options)
+
+
+def test_the_benchmarks_run():
+    found = benchmark("federation.py", "--turns", "1", "--megabytes", "2", "--rounds", "12", "--without-flower")
+    assert 0 < found["noop_round_ms"] < 1000 and found["share_of_bare"] > 0
 
 
 @pytest.mark.soak

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from bract.core.errors import BractError, InputError, Refusal
+from bract.server.federation.endpoint import open_endpoint
 from bract.transport import pem, provisioning
 from bract.transport.authority import Authority
 from bract.transport.certificates import Hosts, end_certificate, name_of, role_of
@@ -745,6 +746,18 @@ def test_expiry_is_warned_of_30_days_ahead(federation) -> None:
     assert "in 1 day)" in str(warn(federation.berlin, ends - DAY))
     assert "today" in str(warn(federation.berlin, ends))
     assert "authority expires" in str(warn(federation.berlin, federation.berlin.authority_expires - DAY))
+
+
+def test_a_server_that_runs_for_weeks_warns_each_day_until_its_certificate_is_renewed(federation) -> None:
+    folder, clock = federation.server.folder, [federation.server.expires - 32 * DAY]
+    endpoint = open_endpoint("127.0.0.1:0", folder, clock=lambda: clock[0], problem=print)
+    said = []
+    for _ in range(6 * 24):
+        said.append(endpoint.warning())
+        clock[0] += timedelta(hours=1)
+    told = [hour for hour, text in enumerate(said) if text is not None]
+    assert told == [48, 72, 96, 120] and "server.pem" in str(said[48]) and "in 30 days" in str(said[48])
+    assert "in 29 days" in str(said[72])
 
 
 def test_a_key_is_not_shown(federation) -> None:

@@ -179,6 +179,13 @@ class Desk:
             if code:
                 self._notice(f"message {shown(message)}: the server did not take the reply ({shown(code, 40)})")
 
+    def forget(self, run: str, up_to_round: int) -> None:
+        """Delete stored replies that the server needs no longer; where that cannot be, the next time does it."""
+        try:
+            self.party.forget_replies(run, up_to_round)
+        except BractError as error:
+            self._notice(f"replies are kept longer than needed: {error.sentence}")
+
     def _work(self) -> None:
         if self.working or not self._queue:
             return

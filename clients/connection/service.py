@@ -38,7 +38,7 @@ from .watched import Watched
 
 # Beside the model a message holds names, a config and what the strategy sends; the site counts all that is in it.
 _HEADROOM = 1 << 20
-_SLACK = timedelta(days=1)
+_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Client:
         self._wishes, self._screen, self._clock = wishes, screen, clock
         self._host, self._port = split_address(wishes.server)
         self._identity = self._loaded()
-        self._warned = clock() - 2 * _SLACK
+        self._warned = clock() - 2 * _DAY
         if self._identity is None or wishes.seeded:
             refuse_insecure(wishes.server)
         self.name = self._named()
@@ -157,7 +157,7 @@ class Client:
         server = None if self._identity is None else self._host
         site = Site.open(wishes.state, wishes.policy, experiment, data=self._data, server=server, seeded=seeded)
         try:
-            watched = Watched(site, screen)
+            watched = Watched(site, screen, warn=self._warn)
             self._link = Link(
                 watched,
                 wishes.server,
@@ -254,10 +254,14 @@ class Client:
     def _warn(self) -> None:
         """Say once a day that a certificate is about to expire."""
         now = self._clock()
-        if self._identity is None or now - self._warned < _SLACK:
+        if self._identity is None or now - self._warned < _DAY:
             return
         self._warned = now
-        sentence = warn(self._identity, now)
+        try:
+            # It may have been renewed since the stream was opened.
+            sentence = warn(self._loaded() or self._identity, now)
+        except InputError as error:
+            sentence = error.sentence
         if sentence is not None:
             self._screen.warn("identity", sentence)
 

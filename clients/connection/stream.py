@@ -226,7 +226,7 @@ class Stream:
             if not self._desk.ask(frame.ask.message):
                 self._controls.append(control(lack=Lack(message=frame.ask.message)))
         elif kind == "forget":
-            self._desk.party.forget_replies(frame.forget.run, frame.forget.round)
+            self._desk.forget(frame.forget.run, frame.forget.round)
         elif kind != "heartbeat":
             raise RunError("frame-invalid", f"a server does not send {kind}")
         self._wake.set()

@@ -21,8 +21,8 @@ _DOING = {"train": "training", "evaluate": "evaluating"}
 class Watched:
     """A `Party` that is a site. The screen shows what the server knows too, and refusals, which are for the owner."""
 
-    def __init__(self, site: Site, screen: Screen) -> None:
-        self._site, self._screen = site, screen
+    def __init__(self, site: Site, screen: Screen, *, warn: Callable[[], None] = lambda: None) -> None:
+        self._site, self._screen, self._warn = site, screen, warn
         self.refusal: Refusal | None = None
 
     def hello(self) -> Mapping[str, Any]:
@@ -43,6 +43,8 @@ class Watched:
 
     def handle(self, message: Message, *, progress: Callable[[Any], None]) -> Message:
         """Return the site's reply."""
+        # A site may be connected for months, and its certificate not live as long.
+        self._warn()
         where, fields = _place(message)
         kind = message.metadata.message_type
         self._screen("working", f"{_DOING.get(kind, 'working')}{where}", fields=fields)

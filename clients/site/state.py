@@ -89,6 +89,9 @@ class _PrivateFile(RotatingFileHandler):
         handle = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         return os.fdopen(handle, "a", encoding=self.encoding)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop what cannot be written, on a full disk say: logging would print it, and it may hold records."""
+
 
 def data_id(state: Path, name: str) -> str:
     """Return the random id under which a server knows a data set: drawn once, and no function of data or name."""

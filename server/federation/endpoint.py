@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -17,15 +17,20 @@ from ...transport.peers import admit, peer
 from ...transport.revocation import FILE, Revocations
 from ..connections.session import Gatekeeper
 
+_DAY = timedelta(days=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """An address with credentials and a gatekeeper, or on the loopback with neither; `warning` is for the screen."""
+    """An address with credentials and a gatekeeper, or on the loopback with neither.
+
+    `warning` returns what the screen should say of the certificate, at most once a day while the server runs.
+    """
 
     address: str
     credentials: grpc.ServerCredentials | None
     gatekeeper: Gatekeeper | None
-    warning: str | None = None
+    warning: Callable[[], str | None] = lambda: None
 
 
 def open_endpoint(
@@ -58,5 +63,18 @@ def open_endpoint(
                 problem(told[0])
         return client.name
 
+    asked: list[datetime] = []
+
+    def warning() -> str | None:
+        now = clock()
+        if asked and now - asked[-1] < _DAY:
+            return None
+        asked[:] = [now]
+        try:
+            # It may have been renewed.
+            return warn(Identity.load(identity, role="server", now=now), now)
+        except InputError as error:
+            return error.sentence
+
     credentials = server_credentials(shown, clock=clock, problem=problem)
-    return Endpoint(address=address, credentials=credentials, gatekeeper=gatekeeper, warning=warn(shown, clock()))
+    return Endpoint(address=address, credentials=credentials, gatekeeper=gatekeeper, warning=warning)

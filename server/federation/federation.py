@@ -24,7 +24,7 @@ from .. import checkpoint as checkpoints
 from ..connections.errands import Deadlines
 from ..connections.federation_grid import FederationGrid
 from ..connections.listener import Listener as Connections
-from ..events import ClientNoticed, Listener, Listening, Notice
+from ..events import ClientNoticed, Listener, Listening
 from ..interrupt import graceful_interrupt
 from ..manifest import SiteRecords, manifest, origin_of, refuse_changed
 from ..progress import Progress
@@ -122,6 +122,7 @@ class FederatedRun:
                 minimum=self.minimum,
                 emit=self._run.emit,
                 should_stop=should_stop,
+                warning=endpoint.warning,
             )
             if existing is not None:
                 population.load()
@@ -210,8 +211,6 @@ class FederatedRun:
                 secret_cohorts=_has_secret_cohorts(self._experiment),
             )
         )
-        if endpoint.warning is not None:
-            self._run.emit(Notice(text=endpoint.warning))
 
     def _describe(self, parts: _Parts) -> None:
         parts.directory.write_json("manifest.json", self._manifest(parts.membership))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ..connections.listener import Listener as Connections
-from ..events import Listener, WaitingForClients
+from ..events import Listener, Notice, WaitingForClients
 from ..run_directory import RunDirectory
 from .membership import Membership
 
@@ -20,7 +20,8 @@ class Population:
     """A federation's clients, round by round; `minimum` of them are waited for, without limit.
 
     Who was there is written down before a round begins, so that a resumed server goes on with the same clients: it
-    waits for them for `connect_for` seconds. Used by the round loop's thread.
+    waits for them for `connect_for` seconds. What `warning` returns is told on the way. Used by one thread, that of the
+    round loop.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Population:
         minimum: int,
         emit: Listener,
         should_stop: Callable[[], bool],
+        warning: Callable[[], str | None] = lambda: None,
     ) -> None:
+        self._warning = warning
         self._membership, self._connections, self._directory = membership, connections, directory
         self._minimum, self._emit, self._should_stop = minimum, emit, should_stop
         self._written: list[str] = []
@@ -56,6 +59,9 @@ class Population:
         until, told = time.monotonic() + self._connections.deadlines.connect_for, None
         while True:
             there = self._enrolled()
+            warning = self._warning()
+            if warning is not None:
+                self._emit(Notice(text=warning))
             missing = tuple(name for name in self._expected if name not in there.values())
             enough = self._membership.begun and len(there) >= self._minimum
             if enough and (not missing or time.monotonic() > until):

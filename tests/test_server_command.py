@@ -47,7 +47,7 @@ from bract.server.events import (
     WaitingForClients,
 )
 from bract.server.federation.announcing import announced
-from bract.server.federation.federation import minimum_of
+from bract.server.federation.terms import minimum_of
 from bract.server.federation.membership import Membership
 from bract.server.federation.model import ServerModel
 from bract.server.federation.population import Population, places

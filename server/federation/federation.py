@@ -17,7 +17,6 @@ from ...core import flower
 from ...core.errors import BractError, InputError
 from ...core.keys import Key
 from ...experiment import Experiment
-from ...strategies.asynchronous import Asynchronous
 from ...transport.announcement import Announcement
 from ...transport.wire import Limits
 from .. import checkpoint as checkpoints
@@ -34,10 +33,11 @@ from ..run_directory import RunDirectory
 from ..setting import Setting
 from .announcing import announced
 from .endpoint import Endpoint
-from .membership import Membership, counts_clients
+from .membership import Membership
 from .model import ServerModel
 from .population import Population
 from .request_grid import RequestGrid
+from .terms import has_secret_cohorts, minimum_of, refuse_finished, refuse_what_no_federation_offers
 
 RUN = "private/federation.json"
 STOPPED = "the server was stopped and goes on later; come back"
@@ -84,7 +84,7 @@ class FederatedRun:
     ) -> None:
         self._experiment = experiment
         self._run = TrainingRun(experiment, strategy=strategy, listeners=listeners)
-        _refuse_what_no_federation_offers(experiment, self._run.strategy)
+        refuse_what_no_federation_offers(experiment, self._run.strategy)
         self._model = ServerModel.of(experiment, self._run.strategy)
         self.minimum = minimum_of(experiment)
 
@@ -100,7 +100,7 @@ class FederatedRun:
         """Listen, wait for clients, and go through the rounds; what fails is on disk before it is raised."""
         started, experiment = time.monotonic(), self._experiment
         if existing is not None:
-            _refuse_finished(existing)
+            refuse_finished(existing)
         directory = existing or RunDirectory.create(
             RunDirectory.free(out, experiment.experiment.name), experiment, Key.fresh()
         )
@@ -208,7 +208,7 @@ class FederatedRun:
                 address=address,
                 run_dir=parts.directory.path,
                 status=parts.connections.status,
-                secret_cohorts=_has_secret_cohorts(self._experiment),
+                secret_cohorts=has_secret_cohorts(self._experiment),
             )
         )
 
@@ -217,7 +217,7 @@ class FederatedRun:
 
     def _manifest(self, membership: Membership | None) -> dict[str, Any]:
         """Return what the run is made of; under client-level privacy nothing that is passed on names a client."""
-        named = membership is not None and not _has_secret_cohorts(self._experiment)
+        named = membership is not None and not has_secret_cohorts(self._experiment)
         members = membership.members if membership is not None else []
         return manifest(
             self._experiment,
@@ -281,39 +281,3 @@ def _load_checkpoint(directory: RunDirectory, connections: Connections, name: st
     for client, heads in found.clients["heads"].items():
         connections.roster.heads.update({(client, data): head for data, head in heads.items()})
     connections.roster.tell_to_forget(name, found.round - 1)
-
-
-def minimum_of(experiment: Experiment) -> int:
-    """Return how many clients a round waits for."""
-    clients = experiment.clients
-    minimum = clients.minimum or clients.count or 2
-    if counts_clients(experiment) and clients.count is None:
-        # How many there are is fixed by who is there at the start.
-        return max(minimum, clients.per_round or 1)
-    return minimum
-
-
-def _refuse_finished(directory: RunDirectory) -> None:
-    """Raise InputError for a run that has come to its end: its clients were told so."""
-    if not (directory.path / "result.json").is_file():
-        return
-    status = directory.read_json("result.json").get("status")
-    if status not in ("interrupted", "failed"):
-        raise InputError("run-finished", f"{directory.path}: this run is {status}; start a new one, bract server FILE")
-
-
-def _has_secret_cohorts(experiment: Experiment) -> bool:
-    return experiment.privacy.unit == "client" and experiment.privacy.trust == "server"
-
-
-def _refuse_what_no_federation_offers(experiment: Experiment, strategy: Strategy) -> None:
-    clients = experiment.clients
-    if counts_clients(experiment) and (clients.minimum or 0) > (clients.count or clients.minimum or 0):
-        raise experiment.conflict("clients", "minimum", why=f"must be at most clients.count, {clients.count}")
-    if experiment.privacy.record is not None and experiment.privacy.trust == "nobody":
-        # A site noises each step or its whole update, not both.
-        raise experiment.conflict("privacy", "record", why='goes with privacy.trust = "server" in a federation')
-    if isinstance(strategy, Asynchronous):
-        raise experiment.conflict(
-            "strategy", "name", why="waits for no cohort, which only `bract simulate` does so far; choose another"
-        )

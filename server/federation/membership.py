@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeGuard
+from dataclasses import asdict, replace
+from typing import Any
 
 from ...clients.site.request import RunRequest
 from ...core import flower
-from ...core.errors import Refusal
 from ...experiment import Experiment
-from ...privacy.accounting import Relation
 from ...privacy.guarantee import Guarantee, Randomness
 from ...privacy.mechanism import RecordLevelPlan
-from ...privacy.policy import Update
 from ...privacy.release import EvaluationPlan
 from ...transport.greeting import Hello
 from ..accounts import Accounts, PopulationAccount, accounts_of
 from ..events import Listener
 from ..plan import Plan, make_plan, planned_releases, record_level_plans, record_table
+from .member import Member, counts_clients, suited, unsuited, update_of
 from .model import ServerModel
-
-# What a site takes on at most, and what an accountant counts in no time.
-_MOST_STEPS = 10**6
-_MOST_RECORDS = 2**40
-_UNITS = ("record", "client")
-_RELATIONS = ("zero-out", "add-remove", "replace-one")
-_METRICS = ("withheld", "noised", "raw")
 
 LEDGERS = (
     "earlier and later runs on the same data: the epsilon is that of this run, and the ledger of each site holds all "
@@ -41,21 +32,6 @@ SEEDED = (
     "everything, towards whoever knows the seed: clients were started with --seeded, so their noise and their batches "
     "follow from the published seed, and this run protects nobody"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """What a client said of itself when it joined: all of it public, and the same in every later hello."""
-
-    name: str
-    data: str
-    records: int
-    unit: str
-    relation: Relation
-    metrics: str
-    ledger: bool
-    seeded: bool
-    noise_multiplier: float | None = None
 
 
 class Membership:
@@ -96,16 +72,16 @@ class Membership:
 
     def admit(self, name: str, hello: Hello) -> None:
         """Take note of a client that joins; Refusal `client-unsuited` if it does not go with the run."""
-        said = self._suited(name, hello)
+        said = suited(name, hello, self._experiment, self._model, needs_metrics=self._needs_metrics)
         with self._lock:
             known = self._members.get(name)
             if known is not None and replace(known, noise_multiplier=None) != said:
-                raise _unsuited(
+                raise unsuited(
                     f"{name} joined this run with another data set, number of records or policy, which a run keeps to "
                     "its end; start the client as before, or wait for the next run"
                 )
             if known is None and self._full():
-                raise _unsuited(
+                raise unsuited(
                     f"this run was planned for {self.places} clients, and as many have joined; the server's "
                     "clients.count says how many there may be"
                 )
@@ -171,55 +147,8 @@ class Membership:
         self._begin(members, emit, metrics_epsilon=state["metrics_epsilon"])
         self._add(members)
 
-    def _suited(self, name: str, hello: Hello) -> Member:
-        """Return what a hello says; Refusal unless it has the form, and allows what the run asks for."""
-        run, said, update = self._experiment, hello.capabilities, self._update
-        if hello.task != self._model.name:
-            raise _unsuited(f"this run learns {self._model.name}, and {name} was started for {hello.task or 'nothing'}")
-        if said.get("strategy") != run.strategy.name:
-            raise _unsuited(
-                f"this run aggregates by {run.strategy.name}, and {name} was started for another strategy; start it "
-                "with the experiment that the server announces"
-            )
-        if update not in _texts(said.get("updates")):
-            raise _unsuited(f'this run asks for "{update}" updates, which the policy of {name} does not release')
-        unit, records, epochs = said.get("unit"), said.get("records"), said.get("epochs")
-        if self._needs_metrics and said.get("metrics") != "raw":
-            raise _unsuited(f"{run.strategy.name} needs metrics without noise, which the policy of {name} withholds")
-        needed = {"dp-sgd": "record", "noised": "client", "raw": "client"}[update]
-        if unit not in _UNITS or (unit != needed and not (update == "raw" and run.privacy.unit == "none")):
-            raise _unsuited(f"this run is private for a {needed}, and the budget of {name} is for a {unit}")
-        if not _is_count(records) or not 1 <= records <= _MOST_RECORDS:
-            raise _unsuited(f"{name} declares no number of records that a site may have")
-        relation, metrics = said.get("relation"), said.get("metrics")
-        if relation not in _RELATIONS or metrics not in _METRICS:
-            raise _unsuited(f"{name} says nothing that this version of bract knows of its relation and metrics")
-        if run.clients.app is None and (not _is_count(epochs) or epochs < run.train.epochs):
-            raise _unsuited(f"this run trains {run.train.epochs} epochs a round, and the policy of {name} allows less")
-        most = said.get("message_bytes")
-        if not _is_count(most) or most < self._model.traffic.down:
-            raise _unsuited(
-                f"a message of this run has {self._model.traffic.down} bytes, and the policy of {name} takes less"
-            )
-        if update == "dp-sgd" and self._steps(records) > _MOST_STEPS:
-            raise _unsuited(f"with {records} records {name} would train more than {_MOST_STEPS} steps in this run")
-        return Member(
-            name=name,
-            data=hello.data,
-            records=records,
-            unit=unit,
-            relation=relation,
-            metrics=metrics,
-            ledger=hello.ledger is not None,
-            seeded=bool(said.get("seeded", False)),
-        )
-
     def _full(self) -> bool:
         return self.places is not None and self.begun and len(self._members) >= self.places
-
-    def _steps(self, records: int) -> int:
-        train = self._experiment.train
-        return self._experiment.experiment.rounds * train.epochs * -(-records // train.batch_size)
 
     def _begin(self, members: Sequence[Member], emit: Listener, *, metrics_epsilon: float | None = None) -> None:
         """Fix the mechanisms; those that were fixed before are taken as they were."""
@@ -309,20 +238,6 @@ class Membership:
         return self._experiment.privacy.randomness if self.plan.aggregate is not None else "secret"
 
 
-def update_of(experiment: Experiment) -> Update:
-    """Return what a run's train messages ask for."""
-    privacy = experiment.privacy
-    if privacy.unit == "record" or privacy.record is not None:
-        return "dp-sgd"
-    return "noised" if privacy.trust == "nobody" else "raw"
-
-
-def counts_clients(experiment: Experiment) -> bool:
-    """Return whether the mechanism is about a public number of clients."""
-    privacy = experiment.privacy
-    return privacy.unit == "client" and (privacy.trust == "server" or experiment.clients.sampling == "cyclic")
-
-
 def _restored(experiment: Experiment, member: Member) -> RecordLevelPlan:
     """Return a member's mechanism with the noise that it was asked for before."""
     train, table = experiment.train, record_table(experiment)
@@ -337,15 +252,3 @@ def _restored(experiment: Experiment, member: Member) -> RecordLevelPlan:
         per_layer=table.clipping == "per-layer",
         microbatch_size=train.microbatch_size,
     )
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _texts(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else ()
-
-
-def _unsuited(sentence: str) -> Refusal:
-    return Refusal("client-unsuited", sentence)

@@ -47,11 +47,11 @@ from bract.server.events import (
     WaitingForClients,
 )
 from bract.server.federation.announcing import announced
-from bract.server.federation.terms import minimum_of
 from bract.server.federation.membership import Membership
 from bract.server.federation.model import ServerModel
 from bract.server.federation.population import Population, places
 from bract.server.federation.request_grid import RequestGrid
+from bract.server.federation.terms import minimum_of
 from bract.server.grid import Exchange, RoundGrid
 from bract.server.plan import make_plan
 from bract.server.run_directory import RunDirectory

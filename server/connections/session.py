@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from flwr.app import Error, Message, RecordDict
 
 from ... import __version__
-from ...core import flower
 from ...core.errors import BractError, RunError
-from ...transport.federation_pb2 import Ask, Farewell, Frame, Header, Heartbeat, Hello, Permit, Receipt, Welcome
+from ...transport.federation_pb2 import Ask, Farewell, Frame, Heartbeat, Hello, Welcome
 from ...transport.greeting import Hello as Greeting
 from ...transport.greeting import head_from, refuse_version
-from ...transport.receiving import Receiving
-from ...transport.wire import PROTOCOL, Limits, control, farewell, head_of, read, shown
-from .errands import Errand, Waiting
-from .roster import MOST_TRIES, Client, Roster
+from ...transport.wire import PROTOCOL, Limits, control, farewell, read, shown
+from .errands import Errand
+from .roster import Client, Roster
+from .uploads import Uploads
 
 Gatekeeper = Callable[[Mapping[str, Iterable[bytes]]], str]
 """Returns the name of the client that a TLS session is with, or raises a BractError that says why it may not join."""
@@ -44,9 +41,8 @@ class Session:
         self._work = asyncio.Event()
         self._over = asyncio.Event()
         self._held: set[str] = set()
-        self._swallow = False
         self._client: Client | None = None
-        self._upload: _Upload | None = None
+        self._uploads = Uploads(roster, limits, self.say)
         self._ending: bytes | None = None
         self.heard = roster.now()
         self.sending = False
@@ -79,7 +75,7 @@ class Session:
         finally:
             for task in tasks:
                 task.cancel()
-            self._give_back()
+            self._uploads.give_back()
             self._roster.leave(client, self, code)
             await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -118,16 +114,11 @@ class Session:
     def reject(self, errand: Errand) -> None:
         """Tell the client that a reply which it offered, or is sending, is not wanted any more."""
         assert self._client is not None
-        self._client.abandoned.discard(errand.id)
-        if self._upload is not None and self._upload.errand is errand:
-            self._give_back()
-            self._swallow = True
-        self._receipt(errand.id, "reply-unknown")
+        self._uploads.reject(self._client, errand)
 
     def stalled(self, seconds: float) -> bool:
         """Return whether nothing was heard, or an upload has not moved, for so long."""
-        now = self._roster.now()
-        return now - self.heard > seconds or (self._upload is not None and now - self._upload.moved > seconds)
+        return self._roster.now() - self.heard > seconds or self._uploads.stalled(seconds)
 
     async def _greet(self) -> Client:
         raw = await asyncio.wait_for(self._context.read(), self._limits.greeting)
@@ -207,7 +198,7 @@ class Session:
             self.heard = self._roster.now()
             frame = read(raw)
             if isinstance(frame, memoryview):
-                await self._piece(frame)
+                await self._uploads.piece(frame)
             elif frame.WhichOneof("kind") == "farewell":
                 self._left(frame.farewell)
                 return
@@ -228,7 +219,9 @@ class Session:
             client.stage, client.steps = shown(frame.heartbeat.stage, 40), frame.heartbeat.steps
             self.say(control(heartbeat=Heartbeat(count=frame.heartbeat.count)))
         elif kind == "header":
-            self._offer(client, frame.header)
+            self._held.discard(frame.header.message)
+            self._uploads.offer(client, frame.header)
+            self.wake()
         elif kind == "lack":
             self._held.discard(frame.lack.message)
             errand = client.errands.get(frame.lack.message)
@@ -237,96 +230,3 @@ class Session:
                 self.wake()
         else:
             raise RunError("frame-invalid", f"a client does not send {kind}")
-
-    def _offer(self, client: Client, header: Header) -> None:
-        if self._upload is not None:
-            raise RunError("frame-invalid", "a second upload before the first has ended")
-        self._swallow = False
-        self._held.discard(header.message)
-        errand = client.errands.get(header.message)
-        if errand is None or errand.state != "sent":
-            client.abandoned.discard(header.message)
-            self._receipt(header.message[:200], "reply-unknown")
-            self.wake()
-        elif header.size > self._limits.message_bytes:
-            limit = self._limits.message_bytes
-            self._fail(errand, RunError("message-too-large", f"a reply of {header.size} bytes; {limit} are allowed"))
-        else:
-            errand.state = "offered"
-            errand.mailbox.ask(Waiting(errand=errand, size=header.size, granted=lambda: self._granted(errand, header)))
-
-    def _granted(self, errand: Errand, header: Header) -> None:
-        try:
-            incoming = Receiving(header, limit=self._limits.message_bytes)
-        except (RunError, MemoryError) as error:
-            errand.mailbox.release(header.size)
-            known = error if isinstance(error, RunError) else RunError("message-too-large", "the server has no memory")
-            self._fail(errand, known)
-            return
-        errand.state = "uploading"
-        self._upload = _Upload(errand=errand, incoming=incoming, moved=self._roster.now())
-        self.say(control(permit=Permit(message=errand.id)))
-        if not header.size:
-            self._settle(self._upload, RecordDict())
-
-    async def _piece(self, data: memoryview) -> None:
-        upload = self._upload
-        if upload is None:
-            if self._swallow:
-                return
-            raise RunError("frame-invalid", "a piece of a message that was not permitted")
-        upload.incoming.add(data)
-        upload.moved = self._roster.now()
-        if upload.incoming.remaining:
-            return
-        try:
-            found = await upload.incoming.content()
-        except RunError as error:
-            if self._upload is not upload:
-                return
-            errand = upload.errand
-            self._give_back()
-            errand.tries += 1
-            if error.code == "message-damaged" and errand.tries < MOST_TRIES:
-                errand.state = "sent"
-                self._receipt(errand.id, error.code)
-            else:
-                self._fail(errand, error)
-            return
-        if self._upload is upload:
-            self._settle(upload, found)
-
-    def _settle(self, upload: _Upload, found: RecordDict | Error) -> None:
-        """Put down a reply that is whole and verified, and its permit with it."""
-        client, errand, header = self._client, upload.errand, upload.incoming.header
-        assert client is not None and client.hello is not None
-        self._upload = None
-        head = head_of(header.ledger)
-        if head is not None:
-            self._roster.heads[client.name, client.hello.data] = head
-        self._receipt(errand.id, "")
-        if isinstance(found, Error):
-            self._roster.notice("failed", client.name, *flower.code_and_sentence(found))
-        # The server's own message is what is replied to: what the client says of sender and receiver is never read.
-        self._roster.deliver(errand, Message(found, reply_to=errand.message), header.size)
-
-    def _fail(self, errand: Errand, error: RunError) -> None:
-        """Take a reply that cannot be read for the client's failure."""
-        errand.state = "waiting"
-        self._receipt(errand.id, error.code)
-        self._roster.fail(errand, error.code, error.sentence)
-
-    def _receipt(self, message: str, code: str) -> None:
-        self.say(control(receipt=Receipt(message=message, code=code)))
-
-    def _give_back(self) -> None:
-        if self._upload is not None:
-            self._upload.errand.mailbox.release(self._upload.incoming.header.size)
-            self._upload = None
-
-
-@dataclass(kw_only=True)
-class _Upload:
-    errand: Errand
-    incoming: Receiving
-    moved: float

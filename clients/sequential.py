@@ -147,4 +147,7 @@ def _on_device(examples: Examples, batch: Tensor, device: torch.device) -> tuple
 def _memory_format(model: LocalModel, examples: Examples) -> torch.memory_format:
     if model.channels_last is None:
         model.channels_last = prefers_channels_last(model.module, examples.inputs[:2].to(model.device))
+        if model.channels_last:
+            # Else each convolution puts its weights into that order anew.
+            model.module.to(memory_format=torch.channels_last)
     return torch.channels_last if model.channels_last else torch.contiguous_format

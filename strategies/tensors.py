@@ -38,7 +38,8 @@ def arrays_like(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]
     """Return tensors as arrays; bfloat16, which numpy lacks, as float32."""
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
     return {
-        name: np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy())
+        # Channels-last weights leave in the order of every other tensor.
+        name: np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy(), order="C")
         for name, tensor in detached.items()
     }
 

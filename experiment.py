@@ -130,6 +130,7 @@ class SimulationTable(_Table):
 
     workers: Count | Literal["auto"] = "auto"
     kernel: Literal["auto", "sequential"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
     speed_spread: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     curves: bool = True
     baselines: bool | Literal["auto"] = "auto"

@@ -62,7 +62,7 @@ def experiment(args: argparse.Namespace) -> Experiment:
         "task": task,
         "clients": {"sampling": "fixed", "per_round": args.cohort},
         "train": {"model": args.model, "batch_size": 10, "learning_rate": 0.05, "device": args.device},
-        "simulation": {"workers": args.threads, "curves": False, "baselines": False},
+        "simulation": {"workers": args.threads, "curves": False, "baselines": False, "precision": args.precision},
     }
     return Experiment.of(tables, folder=HERE)
 
@@ -87,7 +87,7 @@ def pair(args: argparse.Namespace) -> None:
     flags = [f"--{name}={getattr(args, name)}" for name in ("model", "clients", "cohort", "rounds", "threads")]
     ratios = []
     for _ in range(args.pairs):
-        ours = _line([sys.executable, __file__, *flags, f"--device={args.device}"])
+        ours = _line([sys.executable, __file__, *flags, f"--device={args.device}", f"--precision={args.precision}"])
         theirs = _line([args.python, args.pair, *flags])
         ratios.append(ours["clients_per_s"] / theirs["clients_per_s"])
     found = {"model": args.model, "pairs": len(ratios), "ratio": round(median(ratios), 2)}
@@ -113,6 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="timed rounds, after one that is not")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processes of bract, threads of the others")
     parser.add_argument("--device", default="cpu", help='where bract trains: "cpu", "cuda" or "auto"')
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of bract's products")
     parser.add_argument("--pair", metavar="SCRIPT", help="run this script in turn with bract")
     parser.add_argument("--pairs", type=int, default=5, help="how many times each")
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the other script")

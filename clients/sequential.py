@@ -48,7 +48,8 @@ def train(
             for batch in shuffled_batches(len(examples), training, key.child("batches")):
                 optimizer.zero_grad()
                 inputs, targets = _on_device(examples, batch, model.device)
-                loss(model.module(inputs.contiguous(memory_format=order)), targets).mean().backward()
+                outputs = _outputs(model, inputs.contiguous(memory_format=order), training)
+                loss(outputs, targets).mean().backward()
                 correct()
                 optimizer.step()
         else:
@@ -135,6 +136,16 @@ def _seed(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
+def _outputs(model: LocalModel, inputs: Tensor, training: LocalTraining) -> Tensor:
+    if training.precision == "float32":
+        outputs: Tensor = model.module(inputs)
+        return outputs
+    # Each product is of this step's weights: nothing is kept from one step to the next.
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, cache_enabled=False):
+        rounded: Tensor = model.module(inputs)
+    return rounded.float()
+
+
 def _leave() -> None:
     """Correct nothing."""
 
@@ -149,5 +160,5 @@ def _memory_format(model: LocalModel, examples: Examples) -> torch.memory_format
         model.channels_last = prefers_channels_last(model.module, examples.inputs[:2].to(model.device))
         if model.channels_last:
             # Else each convolution puts its weights into that order anew.
-            model.module.to(memory_format=torch.channels_last)
+            model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return torch.channels_last if model.channels_last else torch.contiguous_format

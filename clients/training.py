@@ -33,7 +33,8 @@ class LocalTraining:
     """One client's round: epochs over its records, the optimizer's step, and which tensors it concerns.
 
     Patterns are shell patterns over tensor names (`head.*`). `buffers` None means every floating-point buffer
-    travels, as without privacy it must for batch normalization; under privacy none may.
+    travels, as without privacy it must for batch normalization; under privacy none may. `precision` is that of the
+    model's products in plain training (torch's autocast); parameters, losses and steps are float32 all the same.
     """
 
     epochs: int = 1
@@ -46,6 +47,7 @@ class LocalTraining:
     frozen: tuple[str, ...] = ()
     buffers: tuple[str, ...] | None = None
     dp_engine: Literal["auto", "bookkeeping", "opacus"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
 
     @classmethod
     def of(cls, table: TrainTable, *, private: bool) -> LocalTraining:

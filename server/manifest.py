@@ -45,6 +45,7 @@ def manifest(
     sites: Mapping[str, SiteRecords],
     mechanisms: Mapping[str, RecordLevelPlan],
     dp_engine: str | None = None,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Return the object of manifest.json; at most 100 sites are listed.
 
@@ -61,6 +62,7 @@ def manifest(
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seed": experiment.experiment.seed,
         "kernel": kernel,
+        "precision": precision,
         "dp_engine": dp_engine,
         "device": device,
         "threads": 1,

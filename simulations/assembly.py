@@ -149,6 +149,7 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
         },
         mechanisms=assembly.plan.mechanisms,
         dp_engine=engine,
+        precision=experiment.simulation.precision,
     )
     # A digest of private data would let a guess of the data be checked, so it stays in private/.
     origin = origin_of(experiment, federation.initial) | {"data": digest(_tensors(assembly.data))}

@@ -6,7 +6,7 @@ A worker process puts together the same one from the same recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.clientapp import ClientApp
@@ -75,8 +75,12 @@ def virtual_federation(
     """
     rule = local_rule(experiment, _chosen(experiment, strategy))
     private = experiment.privacy.unit != "none"
+    if experiment.simulation.precision != "float32" and plan.mechanisms:
+        why = "rounds products, with which a clipped gradient can exceed its norm; record-level privacy takes float32"
+        raise experiment.conflict("simulation", "precision", why=why)
     module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
     model, training = local_model(experiment, module, rule, device=choose_device(experiment.train.device))
+    training = replace(training, precision=experiment.simulation.precision)
     if plan.mechanisms:
         refuse_mixing(model.module, next(iter(data.values())).train.inputs)
     sites = {
@@ -138,6 +142,8 @@ def travelling_size(experiment: Experiment, task: Task | None, strategy: object 
 
 def flower_federation(experiment: Experiment, strategy: object | None = None) -> Federation:
     """Return the federation of a Flower ClientApp's clients; the app brings its own data and its own metrics."""
+    if experiment.simulation.precision != "float32":
+        raise experiment.conflict("simulation", "precision", why="is the app's own with clients.app; drop the key")
     local_rule(experiment, _chosen(experiment, strategy))
     app = flower_app(experiment)
     module = make_module(experiment)

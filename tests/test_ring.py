@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,3 +74,16 @@ def test_no_weight_has_no_mean():
     total = ExactSum.zero(Ring(capacity=4), 1)
     total.add(np.ones(1), weight=0)
     assert total.mean() is None
+
+
+@given(
+    st.lists(st.integers(-(2**24), 2**24), min_size=1, max_size=20),
+    st.integers(-60, -9),
+    st.integers(1, 2**20),
+)
+def test_values_become_the_whole_numbers_of_exact_arithmetic(mantissas, exponent, weight):
+    """The products are exact in float64 here; small ones take another way to whole numbers than large ones."""
+    ring = Ring(capacity=2**20)
+    values = [Fraction(mantissa) * Fraction(2) ** exponent for mantissa in mantissas]
+    found = ring.encode(np.array([float(value) for value in values], np.float32), weight)
+    assert found.tolist() == [math.trunc(value * weight / Fraction(ring.step)) for value in values]

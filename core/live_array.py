@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class LiveArray(Array):
         # Flower's own constructor would serialise here.
         live = array.view()
         live.flags.writeable = False
-        self.__dict__.update(live=live, dtype=str(array.dtype), shape=tuple(array.shape), stype="numpy.ndarray")
+        self.__dict__.update(live=live, dtype=_name(array.dtype), shape=tuple(array.shape), stype="numpy.ndarray")
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -44,6 +45,12 @@ class LiveArray(Array):
 
     def __reduce__(self) -> tuple[Callable[[NDArray[np.generic]], LiveArray], tuple[NDArray[np.generic]]]:
         return live_array, (self.live,)
+
+
+@cache
+def _name(dtype: np.dtype[np.generic]) -> str:
+    """Return a type's name, which numpy puts together in Python each time."""
+    return str(dtype)
 
 
 def live_array(array: NDArray[np.generic]) -> LiveArray:

@@ -126,17 +126,49 @@ def test_a_broadcast_is_hashed_once(monkeypatch):
     assert hashed.count(4000) == 1
 
 
-@pytest.mark.parametrize("place", [0, 10, -1, -500_000])
-def test_a_flipped_bit_is_seen(place):
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("place", [0, 10, -1, -500_000, -3_900_000])
+def test_a_flipped_bit_is_seen(place, ahead):
     body = Body.of(RecordDict({"a": record_of({"w": np.zeros(1_000_000, np.float32)})}))
     whole = bytearray(b"".join(bytes(wire.read(frame)) for frame in body.pieces()))
     whole[place] ^= 1
     incoming = Incoming(header_of(body), limit=1 << 30)
     for first in range(0, len(whole), wire.PIECE):
         incoming.add(memoryview(whole)[first : first + wire.PIECE])
+        if ahead:
+            incoming.hash_ahead()
     with pytest.raises(RunError) as caught:
         incoming.content()
     assert caught.value.code == "message-damaged"
+
+
+def test_what_was_hashed_while_it_arrived_is_not_hashed_again(monkeypatch):
+    arrays = {"v": np.ones(700_001, np.int8), "w": np.arange(1_000_003, dtype=np.float32)}
+    body = Body.of(RecordDict({"a": record_of(arrays), "c": ConfigRecord({"b": b"1234", "n": [1, 2, 3]})}))
+    hashed, real = [], hashlib.sha256
+
+    class Counting:
+        def __init__(self, data=b""):
+            self.real = real(data)
+            hashed.append(len(data))
+
+        def update(self, data):
+            hashed.append(len(data))
+            self.real.update(data)
+
+        def digest(self):
+            return self.real.digest()
+
+    monkeypatch.setattr("bract.transport.ahead.hashlib.sha256", Counting)
+    incoming = Incoming(header_of(body), limit=1 << 30)
+    for frame in body.pieces():
+        incoming.add(wire.read(frame))
+        incoming.hash_ahead()
+    before = sum(hashed)
+    content = incoming.content()
+    assert sum(hashed) - before == len(body.manifest) and before > 4_700_000
+    assert all(np.array_equal(array, arrays[name]) for name, array in arrays_of(content["a"]).items())
+    assert dict(content["c"]) == {"b": b"1234", "n": [1, 2, 3]}
 
 
 def test_a_claim_costs_no_memory():
@@ -237,6 +269,16 @@ def test_what_cannot_be_sent_is_said(value):
     dict.__setitem__(record, "key", value) if isinstance(record, dict) else record._data.__setitem__("key", value)
     with pytest.raises(RunError, match="'key'"):
         Body.of(RecordDict({"c": record}))
+
+
+def test_a_list_as_long_as_a_model_is_neither_sent_nor_read(monkeypatch):
+    content = RecordDict({"m": MetricRecord({"all": [0.5] * 1000})})
+    body = Body.of(content)
+    monkeypatch.setattr("bract.transport.records._LONGEST_LIST", 7_999)
+    with pytest.raises(RunError, match="'all'"):
+        Body.of(content)
+    with pytest.raises(RunError, match="sent as an array"):
+        carried(body)
 
 
 def test_other_serialisations_are_not_sent():

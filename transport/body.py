@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..core.errors import RunError
 from .ahead import STRETCH, Ahead
 from .federation_pb2 import Header, Manifest, Segment
-from .records import Segments, read_records, write_records
+from .records import Segments, read_records, segments_of, write_records
 from .wire import MANIFEST, PIECE, piece, shown
 
 ALIGNED = 64
@@ -167,13 +167,18 @@ class Incoming:
         return manifest
 
     def _places(self) -> list[tuple[int, int]]:
-        """Return where the segments will lie; none for a message of which `content` will say what is wrong."""
-        found: list[tuple[int, int]] = []
-        foreseen = _Cut(self._buffer, self.header.manifest, lambda start, segment: found.append((start, segment.size)))
+        """Return where the segments will lie; those of a message of which `content` will say what is wrong may lack."""
+        found, end = list[tuple[int, int]](), self.header.manifest
         try:
-            read_records(self._manifest().records, foreseen)
+            manifest = self._manifest()
         except RunError:
             return []
+        for segment in segments_of(manifest.records):
+            start = aligned(end)
+            end = start + segment.size
+            if end > self._buffer.size:
+                break
+            found.append((start, segment.size))
         return found
 
     def _verify(self, start: int, segment: Segment) -> None:

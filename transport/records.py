@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,8 @@ _KINDS: tuple[tuple[type[Any], Any], ...] = (
     (MetricRecord, Record.METRICS),
     (ConfigRecord, Record.CONFIG),
 )
+# Python's numbers take five times as much, so that a list of a whole message's size would fill a server's memory.
+_LONGEST_LIST = 16 << 20
 _LISTS = {"integers": "<i8", "reals": "<f8", "truths": "|b1"}
 
 Keep = Callable[[object, memoryview], Segment]
@@ -75,6 +77,18 @@ def read_records(records: Iterable[Record], segments: Segments) -> RecordDict:
     return content
 
 
+def segments_of(records: Iterable[Record]) -> Iterator[Segment]:
+    """Yield the segments of a manifest in the order in which they lie; nothing of it was checked yet."""
+    for record in records:
+        for tensor in record.tensors:
+            yield tensor.segment
+        for value in record.values:
+            kind = value.WhichOneof("kind")
+            content = getattr(value, kind) if kind else None
+            if isinstance(content, Segment):
+                yield content
+
+
 def write_values(values: dict[str, Any], keep: Keep) -> list[Value]:
     """Return the values of a metric or config record; RunError `reply-invalid` for what cannot be sent."""
     written = []
@@ -97,6 +111,8 @@ def read_values(values: Iterable[Value], segments: Segments | None = None) -> di
         if isinstance(content, Segment):
             if segments is None or content.size > segments.rest():
                 raise RunError("frame-invalid", "a value is longer than its message")
+            if kind != "bytes" and content.size > _LONGEST_LIST:
+                raise RunError("frame-invalid", f"a list of {content.size} bytes; what is longer is sent as an array")
             raw = segments.take(content, content.size)
             if kind == "bytes":
                 content = raw.tobytes()
@@ -132,4 +148,6 @@ def _written(value: Any, keep: Keep) -> dict[str, Any]:
     name = {frozenset({bool}): "truths", frozenset({int}): "integers"}.get(frozenset(kinds), "reals")
     if not kinds <= {bool, int, float} or (name == "reals" and kinds - {float}):
         raise TypeError("a list of several types")
+    if np.dtype(_LISTS[name]).itemsize * len(value) > _LONGEST_LIST:
+        raise ValueError("a list that should be an array")
     return {name: keep(value, np.array(value, _LISTS[name]).view(np.uint8).data)}

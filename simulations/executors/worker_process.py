@@ -8,9 +8,7 @@ import pickle
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -21,49 +19,7 @@ from ...server.grid import fold_in
 from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
 from .executor import Call, CallTimes, answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """One call as it travels to a worker; its content was sent before, once for all calls that share it."""
-
-    index: int
-    content: int
-    client: str
-    node: int
-    kind: str
-    node_config: dict[str, Any]
-    run_config: dict[str, Any]
-    state: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Calls for one worker. No orders: hand over the total, and start another.
-
-    `contents` holds what the worker has not got yet, pickled. `fold` comes with a worker's first chunk of an exchange.
-    """
-
-    exchange: int
-    orders: tuple[Order, ...] = ()
-    contents: dict[int, bytes] | None = None
-    fold: Fold | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One call as it comes back: the content that was not folded, or an error, and the client's new state.
-
-    `folded_bytes` is the size of the arrays that were folded; None where there is no fold.
-    """
-
-    index: int
-    content: RecordDict | None
-    error: tuple[str, str] | None
-    state: dict[str, Any]
-    trace: str | None
-    folded_bytes: int | None = None
-    times: CallTimes | None = None
+from .orders import Chunk, Order, Outcome
 
 
 def work(connection: Connection, recipe: Recipe) -> None:
@@ -72,19 +28,13 @@ def work(connection: Connection, recipe: Recipe) -> None:
 
     # Ctrl-C reaches the whole group of processes; the main process decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _keep_memory()
-    if recipe.folder is not None:
-        # A fold of the user's own class is found by its module's name.
-        sys.path.insert(0, str(recipe.folder.resolve()))
     with reproducible(), flower.quiet():
-        flower.identify_process(run_id=1)
         try:
-            app = recipe.build().app
+            worker = Worker.build(recipe)
         except Exception as error:
             connection.recv_bytes()
             connection.send_bytes(pickle.dumps(_portable(error)))
             return
-        worker = Worker(app, isolate=recipe.isolate)
         while True:
             try:
                 chunk: Chunk = pickle.loads(connection.recv_bytes())
@@ -102,6 +52,16 @@ class Worker:
         self._exchange = 0
         self._fold: Fold | None = None
         self._total: Total | None = None
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> Worker:
+        """Return the worker of a process that does nothing else; whatever the recipe raises."""
+        _keep_memory()
+        if recipe.folder is not None:
+            # A fold of the user's own class is found by its module's name.
+            sys.path.insert(0, str(recipe.folder.resolve()))
+        flower.identify_process(run_id=1)
+        return cls(recipe.build().app, isolate=recipe.isolate)
 
     def serve(self, chunk: Chunk) -> list[Outcome] | Total | None:
         """Return the outcomes of a chunk's calls, or the total of all that were served since it was last asked for."""

@@ -18,21 +18,16 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 
-from flwr.app import Message, RecordDict
-
-from ...core import flower
 from ...server.grid import Arrival
 from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
 from .executor import Call, Watch
-from .worker_process import Chunk, Order, Outcome, work
+from .orders import Chunk, Order, Orders, Outcome, arrival_of, chunked, orders_of
+from .worker_process import work
 
 # A call that ends this many workers is taken for a failure of that client.
 MOST_DEATHS = 2
-CHUNKS_PER_WORKER = 4
 PRELOAD = ["bract.simulations.executors.worker_process"]
-
-Orders = tuple[Order, ...]
 
 
 @dataclass(kw_only=True)
@@ -106,29 +101,12 @@ class WorkerPool:
 
     def _open(self, calls: Sequence[Call], fold: Fold | None) -> _Exchange:
         """Return the exchange: contents by number, pickled once each, and the calls in chunks of one size."""
-        numbers: dict[int, int] = {}
-        contents: dict[int, bytes] = {}
-        orders = []
-        for index, call in enumerate(calls):
-            content, metadata = call.message.content, call.message.metadata
-            if id(content) not in numbers:
-                self._contents += 1
-                numbers[id(content)] = self._contents
-                contents[self._contents] = pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
-            orders.append(
-                Order(
-                    index=index,
-                    content=numbers[id(content)],
-                    client=call.client,
-                    node=metadata.dst_node_id,
-                    kind=metadata.message_type,
-                    node_config=dict(call.context.node_config),
-                    run_config=dict(call.context.run_config),
-                    state=flower.state_to_tree(call.context.state),
-                )
-            )
-        size = max(1, -(-len(orders) // (self._count * CHUNKS_PER_WORKER)))
-        chunks = deque(tuple(orders[start : start + size]) for start in range(0, len(orders), size))
+        orders, found = orders_of(calls, first=self._contents + 1)
+        self._contents += len(found)
+        contents = {
+            number: pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL) for number, content in found.items()
+        }
+        chunks = deque(chunked(orders, self._count))
         self._exchanges += 1
         return _Exchange(number=self._exchanges, fold=fold, contents=contents, chunks=chunks)
 
@@ -208,16 +186,7 @@ class WorkerPool:
             exchange.total.merge(total)
 
     def _arrival(self, call: Call, outcome: Outcome, *, total: Total | None) -> Arrival:
-        if outcome.trace:
-            self._log(outcome.trace)
-        if outcome.times is not None and self._watch is not None:
-            self._watch(outcome.times)
-        call.context.state = flower.tree_to_state(outcome.state)
-        if outcome.error is not None:
-            reply = flower.error_reply(call.message, *outcome.error)
-        else:
-            reply = Message(outcome.content or RecordDict(), reply_to=call.message)
-        return Arrival(instruction=call.message, reply=reply, folded_bytes=outcome.folded_bytes, total=total)
+        return arrival_of(call, outcome, total=total, log=self._log, watch=self._watch)
 
     def _start(self) -> _Worker:
         # forkserver: a fork of this process would copy its threads' locks; spawn would import everything each time.

@@ -22,6 +22,7 @@ from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
 from .executors.executor import Executor, InlineExecutor, Watch
+from .executors.ray_cluster import RayCluster
 from .executors.workers import WorkerPool
 from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
@@ -92,12 +93,21 @@ def assemble(
         parameters=federation.size,
         device=federation.device,
     )
+    where = experiment.simulation.executor
+    if given and where in ("processes", "ray"):
+        why = "a task or strategy that is an object of this program trains in it; name it in the file by its path"
+        raise experiment.conflict("simulation", "executor", why=why)
     executor: Executor
-    if workers > 1 and not given:
+    if where in ("processes", "ray") or (where == "auto" and workers > 1 and not given):
         shared = SharedData.of(data) if task else None
         data = shared.sites() if shared else data
         recipe = Recipe(tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key)
-        executor = WorkerPool(recipe, workers, log=directory.log_client, watch=watch)
+        if where == "ray":
+            wanted, address = experiment.simulation.workers, experiment.simulation.ray_address
+            count = None if wanted == "auto" else wanted
+            executor = RayCluster(recipe, count, address=address, log=directory.log_client, watch=watch)
+        else:
+            executor = WorkerPool(recipe, workers, log=directory.log_client, watch=watch)
     else:
         executor = InlineExecutor(federation.app, log=directory.log_client, isolate=task is None, watch=watch)
     assembly = Assembly(

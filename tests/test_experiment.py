@@ -77,7 +77,7 @@ def test_value_out_of_range_names_file_line_and_mend(path):
     [
         ("privacy.epsilom=1", "experiment-key", "did you mean epsilon?"),
         ("privcy.epsilon=1", "experiment-key", "did you mean privacy?"),
-        ("simulation.zzz=1", "experiment-key", "known here: workers, kernel"),
+        ("simulation.zzz=1", "experiment-key", "known here: workers, executor"),
         ("privacy.epsilon=inf", "experiment-value", "finite"),
         ("privacy.epsilon=nan", "experiment-value", "finite"),
         ("train.learning_rate=inf", "experiment-value", "finite"),

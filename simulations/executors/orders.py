@@ -34,12 +34,13 @@ class Order:
 class Chunk:
     """Calls for one worker. No orders: hand over the total, and start another.
 
-    `contents` holds what the worker has not got yet, pickled. `fold` comes with a worker's first chunk of an exchange.
+    `contents` holds what the worker has not got yet, as its executor sends it. `fold` comes with a worker's first chunk
+    of an exchange.
     """
 
     exchange: int
     orders: tuple[Order, ...] = ()
-    contents: dict[int, bytes] | None = None
+    contents: dict[int, Any] | None = None
     fold: Fold | None = None
 
 

@@ -8,7 +8,9 @@ import pickle
 import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,6 +22,8 @@ from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
 from .executor import Call, CallTimes, answer
 from .orders import Chunk, Order, Outcome
+
+Fetch = Callable[[Any], RecordDict]
 
 
 def work(connection: Connection, recipe: Recipe) -> None:
@@ -46,22 +50,25 @@ def work(connection: Connection, recipe: Recipe) -> None:
 class Worker:
     """What a worker process keeps from chunk to chunk."""
 
-    def __init__(self, app: ClientApp, *, isolate: bool) -> None:
-        self._app, self._isolate = app, isolate
+    def __init__(self, app: ClientApp, *, isolate: bool, fetch: Fetch) -> None:
+        self._app, self._isolate, self._fetch = app, isolate, fetch
         self._contents: dict[int, RecordDict] = {}
         self._exchange = 0
         self._fold: Fold | None = None
         self._total: Total | None = None
 
     @classmethod
-    def build(cls, recipe: Recipe) -> Worker:
-        """Return the worker of a process that does nothing else; whatever the recipe raises."""
+    def build(cls, recipe: Recipe, *, fetch: Fetch = pickle.loads) -> Worker:
+        """Return the worker of a process that does nothing else; `fetch` makes a content of what a chunk holds of it.
+
+        Raises whatever the recipe raises.
+        """
         _keep_memory()
         if recipe.folder is not None:
             # A fold of the user's own class is found by its module's name.
             sys.path.insert(0, str(recipe.folder.resolve()))
         flower.identify_process(run_id=1)
-        return cls(recipe.build().app, isolate=recipe.isolate)
+        return cls(recipe.build().app, isolate=recipe.isolate, fetch=fetch)
 
     def serve(self, chunk: Chunk) -> list[Outcome] | Total | None:
         """Return the outcomes of a chunk's calls, or the total of all that were served since it was last asked for."""
@@ -73,7 +80,7 @@ class Worker:
             return total
         needed = {order.content for order in chunk.orders}
         self._contents = {number: content for number, content in self._contents.items() if number in needed}
-        self._contents |= {number: pickle.loads(content) for number, content in (chunk.contents or {}).items()}
+        self._contents |= {number: self._fetch(content) for number, content in (chunk.contents or {}).items()}
         return [self._serve(order) for order in chunk.orders]
 
     def _start(self) -> Total | None:

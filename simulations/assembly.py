@@ -22,7 +22,7 @@ from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
 from ..tasks.task import SiteData, Task
 from .executors.executor import Executor, InlineExecutor, Watch
-from .executors.ray_cluster import RayCluster
+from .executors.ray_cluster import RayCluster, find_ray
 from .executors.workers import WorkerPool
 from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
@@ -84,6 +84,12 @@ def assemble(
         federation = virtual_federation(experiment, task, data, plan, key=key, strategy=strategy)
     refuse_too_few_clients(experiment, strategy, len(federation.names))
     engine = _dp_engine(experiment, data, plan, federation)
+    where = experiment.simulation.executor
+    if given and where in ("processes", "ray"):
+        why = "a task or strategy that is an object of this program trains in it; name it in the file by its path"
+        raise experiment.conflict("simulation", "executor", why=why)
+    if where == "ray":
+        find_ray()
     # Made last: what was refused until here leaves no folder behind.
     directory = existing or RunDirectory.create(cast(Path, free), experiment, secret)
     workers = worker_count(
@@ -93,10 +99,6 @@ def assemble(
         parameters=federation.size,
         device=federation.device,
     )
-    where = experiment.simulation.executor
-    if given and where in ("processes", "ray"):
-        why = "a task or strategy that is an object of this program trains in it; name it in the file by its path"
-        raise experiment.conflict("simulation", "executor", why=why)
     executor: Executor
     if where in ("processes", "ray") or (where == "auto" and workers > 1 and not given):
         shared = SharedData.of(data) if task else None

@@ -40,6 +40,7 @@ def test_ray_is_asked_for_in_words(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match="pip install ray"):
         bract.simulate(tiny(**{"simulation.executor": "ray"}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_objects_of_a_program_train_in_it(tiny, tmp_path):
@@ -47,3 +48,4 @@ def test_objects_of_a_program_train_in_it(tiny, tmp_path):
 
     with pytest.raises(InputError, match="object of this program"):
         bract.simulate(tiny(**{"simulation.executor": "processes"}), strategy=FedAvg(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

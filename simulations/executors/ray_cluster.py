@@ -32,7 +32,7 @@ class Actor:
         self._contexts = (reproducible(), flower.quiet())
         for context in self._contexts:
             context.__enter__()
-        self._worker = Worker.build(recipe, fetch=_ray().get)
+        self._worker = Worker.build(recipe, fetch=find_ray().get)
 
     def serve(self, chunk: Chunk) -> list[Outcome] | Total | None:
         """Return what a worker returns."""
@@ -55,7 +55,7 @@ class RayCluster:
         watch: Watch | None = None,
     ) -> None:
         """Raises InputError if Ray is not installed."""
-        self._ray = _ray()
+        self._ray = find_ray()
         self._recipe, self._count, self._address, self._log, self._watch = recipe, count, address, log, watch
         self._actors: list[Any] = []
         self._exchanges = self._contents = 0
@@ -157,7 +157,8 @@ class RayCluster:
         self._actors = [made.remote(recipe) for _ in range(count)]
 
 
-def _ray() -> Any:
+def find_ray() -> Any:
+    """Return the module; InputError if Ray is not installed."""
     # Ray reports its use, and warns of a change that concerns GPUs, unless it is told otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import sys
@@ -58,20 +57,9 @@ def server(pipe: Connection, clients: int, rounds: int) -> None:
 
 def noop(clients: int, rounds: int) -> float:
     """Return the median seconds of a round that does nothing."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    processes = [context.Process(target=server, args=(theirs, clients, rounds))]
-    processes[0].start()
-    port = pipe.recv()
-    for number in range(clients):
-        _, unused = context.Pipe()
-        processes.append(context.Process(target=transport.client, args=(f"client-{number}", port, unused)))
-        processes[-1].start()
-    # The first rounds import and connect.
-    found = median(pipe.recv()[10:])
-    for process in processes:
-        process.join()
-    return found
+    with transport.federation(server, clients, rounds) as (pipe, _):
+        # The first rounds import and connect.
+        return median(pipe.recv()[10:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,13 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         theirs = flower_federation.measure(clients=options.clients, rounds=3, port=19091)
         found["flower_noop_round_ms"] = median(theirs) * 1e3
         found["times_flower"] = found["flower_noop_round_ms"] / found["noop_round_ms"]
-    turns = []
-    for _ in range(options.turns):
-        turn = transport.measure(options.clients, options.megabytes, rounds=3)
-        bare = transport.measure_bare(options.clients, options.megabytes)
-        turn["bare_megabytes_per_second"] = 2 * options.clients * options.megabytes / bare
-        turn["share_of_bare"] = turn["megabytes_per_second"] / turn["bare_megabytes_per_second"]
-        turns.append(turn)
+    turns = [transport.measure_beside_bare(options.clients, options.megabytes, rounds=3) for _ in range(options.turns)]
     for name in sorted({*(turns[0] if turns else ())} - {"ping_ms", "noop_round_ms"}):
         found[name] = median(turn[name] for turn in turns)
     shares = sorted(round(turn["share_of_bare"], 3) for turn in turns)

@@ -15,7 +15,8 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -195,23 +196,32 @@ def measure_bare(clients: int, megabytes: int) -> float:
     return seconds
 
 
-def measure(clients: int, megabytes: int, rounds: int) -> dict[str, float]:
-    """Return the figures of one server with so many clients and a model of so many megabytes."""
+@contextmanager
+def federation(
+    target: Callable[..., None], clients: int, *arguments: int
+) -> Iterator[tuple[Connection, list[Connection]]]:
+    """Start a server, `target(pipe, clients, *arguments)`, and its clients; yield their pipes, and join them all."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    serving = context.Process(target=server, args=(theirs, clients, megabytes, rounds))
-    serving.start()
+    processes = [context.Process(target=target, args=(theirs, clients, *arguments))]
+    processes[0].start()
     port = pipe.recv()
-    ours, joining = [], []
+    ours = []
     for number in range(clients):
         mine, other = context.Pipe()
-        joining.append(context.Process(target=client, args=(f"client-{number}", port, other)))
-        joining[-1].start()
+        processes.append(context.Process(target=client, args=(f"client-{number}", port, other)))
+        processes[-1].start()
         ours.append(mine)
-    found = pipe.recv()
-    peaks = [mine.recv() for mine in ours]
-    for process in (serving, *joining):
+    yield pipe, ours
+    for process in processes:
         process.join()
+
+
+def measure(clients: int, megabytes: int, rounds: int) -> dict[str, float]:
+    """Return the figures of one server with so many clients and a model of so many megabytes."""
+    with federation(server, clients, megabytes, rounds) as (pipe, ours):
+        found = pipe.recv()
+        peaks = [mine.recv() for mine in ours]
     size = megabytes * 1_000_000
     return {
         "ping_ms": found["ping"] * 1e3,
@@ -223,6 +233,14 @@ def measure(clients: int, megabytes: int, rounds: int) -> dict[str, float]:
     }
 
 
+def measure_beside_bare(clients: int, megabytes: int, rounds: int) -> dict[str, float]:
+    """Return the same and, measured right after it, the speed of a bare stream and the share of it."""
+    found = measure(clients, megabytes, rounds)
+    found["bare_megabytes_per_second"] = 2 * clients * megabytes / measure_bare(clients, megabytes)
+    found["share_of_bare"] = found["megabytes_per_second"] / found["bare_megabytes_per_second"]
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=200, help="size of the model (default 200)")
@@ -230,11 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds with the model (default 3)")
     parser.add_argument("--memory-only", action="store_true", help="without the bare stream")
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = measure(options.clients, options.megabytes, options.rounds)
-    if not options.memory_only:
-        bare = measure_bare(options.clients, options.megabytes)
-        found["bare_megabytes_per_second"] = 2 * options.clients * options.megabytes / bare
-        found["share_of_bare"] = found["megabytes_per_second"] / found["bare_megabytes_per_second"]
+    taken = measure if options.memory_only else measure_beside_bare
+    found = taken(options.clients, options.megabytes, options.rounds)
     machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     rounded = {name: round(value, 3) for name, value in found.items()}
     print(json.dumps({"clients": options.clients, "megabytes": options.megabytes, **rounded, "machine": machine}))

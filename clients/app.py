@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..core.errors import RunError
 from ..core.keys import Key
 from ..core.parameters import Arrays, digest, record_of
+from ..privacy.dpsgd.passes import Hide
 from ..privacy.local import LocalPlan
 from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan, histogram, release
@@ -44,7 +45,7 @@ class Site:
     plan: RecordLevelPlan | None
     evaluation: EvaluationPlan | None
     local: LocalPlan | None = None
-    hide: Callable[[Exception], None] | None = None
+    hide: Hide | None = None
 
 
 def client_app(

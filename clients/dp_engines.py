@@ -14,6 +14,7 @@ from ..core.errors import InputError
 from ..core.keys import Stream
 from ..privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
 from ..privacy.dpsgd.dpsgd import DPSGD
+from ..privacy.dpsgd.passes import Hide
 from ..privacy.mechanism import RecordLevelPlan
 from .local_model import LocalModel
 from .training import LocalTraining
@@ -42,7 +43,7 @@ def private_steps(
     plan: RecordLevelPlan,
     noise: Stream,
     correct: Callable[[], None],
-    hide: Callable[[Exception], None] | None,
+    hide: Hide | None,
 ) -> BookKeeping | DPSGD:
     """Return the context manager whose `step` takes one private step, on inputs like these [n, ...]."""
     if dp_engine(model, like, training) == "bookkeeping":

@@ -9,16 +9,13 @@ from torch import Tensor
 
 from ..core.errors import RunError
 from ..core.keys import Key
-from ..privacy.dpsgd.passes import poisson_batches
+from ..privacy.dpsgd.passes import Hide, Loss, poisson_batches
 from ..privacy.mechanism import RecordLevelPlan
 from ..strategies.local_rule import LocalSession
 from ..tasks.task import Examples
 from .local_model import LocalModel
 from .memory_format import prefers_channels_last
 from .training import LocalTraining
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-Hide = Callable[[Exception], None]
 
 
 def train(

@@ -142,7 +142,7 @@ class ExactSum:
 
     def mean(self) -> NDArray[np.float64] | None:
         """Return the weighted mean [size] as float64, or None while the total weight is zero."""
-        return self.ring.decode(self.total) / self.weight if self.weight else None
+        return self.mean_between(0, self.total.size) if self.weight else None
 
     def mean_between(self, start: int, stop: int) -> NDArray[np.float64]:
         """Return a stretch of the mean, whose whole would take as much memory as the sum; the weight is not zero."""

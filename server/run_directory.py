@@ -99,8 +99,7 @@ class RunDirectory:
 
     def write(self, name: str, text: str, *, mode: int | None = None) -> None:
         """Write a text file whole; what lies in `private/` is readable by its owner alone."""
-        default = 0o600 if name.startswith("private/") else 0o644
-        write_atomically(self.path / name, text.encode(), mode=mode or default)
+        write_atomically(self.path / name, text.encode(), mode=mode or _mode(name))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file whole."""
@@ -115,13 +114,7 @@ class RunDirectory:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line."""
-        mode = 0o600 if name.startswith("private/") else 0o644
-        try:
-            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:
-            raise RunError("run-unwritable", f"{self.path / name}: cannot be written ({error.strerror})") from error
+        self._append(name, json.dumps(record, allow_nan=False))
 
     def log_client(self, text: str) -> None:
         """Append what a client raised to private/clients.log."""
@@ -129,12 +122,15 @@ class RunDirectory:
 
     def log(self, name: str, text: str) -> None:
         """Append text to a log in `private/`."""
-        path = self.path / "private" / name
+        self._append(f"private/{name}", text.rstrip("\n"))
+
+    def _append(self, name: str, text: str) -> None:
         try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
-                file.write(text.rstrip("\n") + "\n")
+            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _mode(name))
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"{text}\n")
         except OSError as error:
-            raise RunError("run-unwritable", f"{path}: cannot be written ({error.strerror})") from error
+            raise RunError("run-unwritable", f"{self.path / name}: cannot be written ({error.strerror})") from error
 
     def forget_after(self, name: str, round: int) -> None:
         """Drop the lines of rounds after a checkpoint's: they will be written again."""
@@ -165,6 +161,10 @@ class RunDirectory:
             return load_tensors(path.read_bytes())
         except Exception as error:  # safetensors raises an exception of its own, and KeyError for an unknown type
             raise RunError("run-unreadable", f"{path}: this model file is damaged") from error
+
+
+def _mode(name: str) -> int:
+    return 0o600 if name.startswith("private/") else 0o644
 
 
 def _unused(path: Path) -> Path:

@@ -231,6 +231,13 @@ def write_table(path: Path, rows) -> Path:
     return path
 
 
+def until(condition, seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def address_in(run: Path, seconds: float = 60) -> str:
     """Return where a server that was just started listens, once it says so."""
     end, path = time.monotonic() + seconds, run / "private" / "federation.json"

@@ -16,8 +16,9 @@ import pytest
 
 from bract.experiment import Experiment
 from bract.server.events import ClientFailed, ClientReplied, RoundFinished
+from bract.server.run_directory import RunDirectory
 
-from .serving import Owner, Served, address_in, tables
+from .serving import ANYWHERE, Owner, Served, address_in, tables, until
 
 # A disk of its own for one process, which the test reaches through /proc.
 SMALL_DISK = 'mount -t tmpfs -o size="$1" small "$2" && cp -a "$3"/. "$2" && shift 3 && exec "$@"'
@@ -114,14 +115,11 @@ def test_a_server_with_a_full_disk_ends_in_words_and_goes_on_once_there_is_room(
     path.write_text(Experiment.of(tables(experiment__rounds=40, privacy__noise_multiplier=20.0)).to_toml())
     parent.mkdir()
     run = parent / "run"
-    port = free_port()
-    server = SmallDisk(
-        parent, "2m", "server", str(path), "--listen", f"127.0.0.1:{port}", "--insecure", "--out", str(run)
-    )
-    address_in(server.seen / "run")
-    joined = [owner.join(f"127.0.0.1:{port}") for owner in owners]
+    server = SmallDisk(parent, "2m", "server", str(path), "--listen", ANYWHERE, "--insecure", "--out", str(run))
+    address = address_in(server.seen / "run")
+    joined = [owner.join(address) for owner in owners]
     lines = server.seen / "run" / "metrics.jsonl"
-    wait(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 2)
+    until(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 2)
     kept = os.open(server.seen, os.O_RDONLY)
     server.fill()
     status, said = server.end()
@@ -131,7 +129,7 @@ def test_a_server_with_a_full_disk_ends_in_words_and_goes_on_once_there_is_room(
     rescued = tmp_path / "rescued"
     shutil.copytree(f"/proc/self/fd/{kept}/run", rescued)
     os.close(kept)
-    again = Served(Experiment.load(path), None, existing=existing(rescued), address=f"127.0.0.1:{port}")
+    again = Served(Experiment.load(path), None, existing=RunDirectory.open(rescued), address=address)
     result = again.end(120)
     for thread in joined:
         thread.join(30)
@@ -230,21 +228,3 @@ def test_a_network_that_is_cut_or_falls_silent_heals(tmp_path, how):
     assert served.seen(ClientFailed) == []
     assert [each.record["clients"] for each in served.seen(RoundFinished)] == [2] * rounds
     assert [owner.spending().reservations for owner in owners] == [rounds + 1] * 2
-
-
-def existing(path: Path):
-    from bract.server.run_directory import RunDirectory
-
-    return RunDirectory.open(path)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
-def wait(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)

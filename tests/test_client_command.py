@@ -54,6 +54,8 @@ from bract.transport.credentials import server_credentials
 from bract.transport.identities import Identity
 from bract.transport.peers import peer_name
 
+from .serving import until
+
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
 QUICK = Backoff(first=0.05, longest=0.3)
@@ -231,13 +233,6 @@ class Server:
 
     def state(self, name: str = "berlin") -> str | None:
         return {each.name: each.state for each in self.listener.status()}.get(name)
-
-
-def until(condition, seconds: float = 40.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 class Serving:

@@ -166,7 +166,7 @@ def test_what_was_hashed_while_it_arrived_is_not_hashed_again(monkeypatch):
         incoming.hash_ahead()
     before = sum(hashed)
     content = incoming.content()
-    assert sum(hashed) - before == len(body.manifest) and before > 4_700_000
+    assert sum(hashed) == before > 4_700_000
     assert all(np.array_equal(array, arrays[name]) for name, array in arrays_of(content["a"]).items())
     assert dict(content["c"]) == {"b": b"1234", "n": [1, 2, 3]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from flwr.app import Error, RecordDict
@@ -146,7 +147,7 @@ class Incoming:
 
         RunError `message-damaged` if a digest does not fit, `frame-invalid` if it is malformed.
         """
-        manifest = self._manifest()
+        manifest = self._manifest
         self.hash_ahead()
         segments = _Cut(self._buffer, self.header.manifest, self._verify)
         if manifest.HasField("failure"):
@@ -156,6 +157,7 @@ class Incoming:
         segments.finish()
         return found
 
+    @cached_property
     def _manifest(self) -> Manifest:
         written = self._view[: self.header.manifest]
         if hashlib.sha256(written).digest() != self.header.sha256:
@@ -170,7 +172,7 @@ class Incoming:
         """Return where the segments will lie; those of a message of which `content` will say what is wrong may lack."""
         found, end = list[tuple[int, int]](), self.header.manifest
         try:
-            manifest = self._manifest()
+            manifest = self._manifest
         except RunError:
             return []
         for segment in segments_of(manifest.records):

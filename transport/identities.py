@@ -6,6 +6,7 @@ as `server.…`, and `revoked.pem`. Whatever is wrong is one sentence: which sid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from .certificates import Role, is_authority, issued_by, name_of, role_of
 
 AUTHORITY = "ca.pem"
 WARNING = timedelta(days=30)
+_DAY = timedelta(days=1)
 SIDES = {"server": "the server", "client": "this site"}
 
 
@@ -93,6 +95,28 @@ def warn(identity: Identity, now: datetime) -> str | None:
             f"`bract provision renew {identity.name}`, and what that writes is installed here"
         )
     return None
+
+
+class Reminder:
+    """Says of an identity's folder what a running process should be told, at most once a day.
+
+    The folder is read each time: it may have been renewed.
+    """
+
+    def __init__(self, folder: Path, *, role: Role, clock: Callable[[], datetime]) -> None:
+        self._folder, self._role, self._clock = folder, role, clock
+        self._asked: datetime | None = None
+
+    def __call__(self) -> str | None:
+        """Return the warning of an end that is near, or what is wrong with the folder by now; else None."""
+        now = self._clock()
+        if self._asked is not None and now - self._asked < _DAY:
+            return None
+        self._asked = now
+        try:
+            return warn(Identity.load(self._folder, role=self._role, now=now), now)
+        except InputError as error:
+            return error.sentence
 
 
 def read_authority(folder: Path, *, role: Role) -> x509.Certificate:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -23,7 +23,7 @@ from ...transport.announcement import Announcement
 from ...transport.channel import refuse_insecure, split_address
 from ...transport.credentials import channel_credentials
 from ...transport.handshake import diagnose
-from ...transport.identities import Identity, warn
+from ...transport.identities import Identity, Reminder
 from ...transport.wire import Limits
 from ..site.site import Site
 from ..site.state import LOG_FILE, SiteLog
@@ -38,7 +38,6 @@ from .watched import Watched
 
 # Beside the model a message holds names, a config and what the strategy sends; the site counts all that is in it.
 _HEADROOM = 1 << 20
-_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class Client:
         self._wishes, self._screen, self._clock = wishes, screen, clock
         self._host, self._port = split_address(wishes.server)
         self._identity = self._loaded()
-        self._warned = clock() - 2 * _DAY
+        self._reminder = Reminder(wishes.identity, role="client", clock=clock) if wishes.identity else None
         if self._identity is None or wishes.seeded:
             refuse_insecure(wishes.server)
         self.name = self._named()
@@ -253,15 +252,7 @@ class Client:
 
     def _warn(self) -> None:
         """Say once a day that a certificate is about to expire."""
-        now = self._clock()
-        if self._identity is None or now - self._warned < _DAY:
-            return
-        self._warned = now
-        try:
-            # It may have been renewed since the stream was opened.
-            sentence = warn(self._loaded() or self._identity, now)
-        except InputError as error:
-            sentence = error.sentence
+        sentence = None if self._reminder is None else self._reminder()
         if sentence is not None:
             self._screen.warn("identity", sentence)
 

@@ -23,7 +23,7 @@ from ...core.errors import RunError
 from ...core.keys import Key, Stream
 from ..mechanism import RecordLevelPlan
 from .gradients import Clean, Gradients, finite, unchanged
-from .passes import Loss, take_passes, trained_layers
+from .passes import Hide, Loss, take_passes, trained_layers
 from .per_example import Kind, kind_of
 from .stream_optimizer import StreamOptimizer
 
@@ -66,7 +66,7 @@ class BookKeeping:
         plan: RecordLevelPlan,
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
-        hide: Callable[[Exception], None] | None = None,
+        hide: Hide | None = None,
     ) -> None:
         self._module = module
         self._optimizer = optimizer

@@ -19,7 +19,7 @@ from ...core.errors import RunError
 from ...core.keys import Stream
 from ..mechanism import RecordLevelPlan
 from .layers import needs_autograd
-from .passes import Loss, take_passes, trained_layers
+from .passes import Hide, Loss, take_passes, trained_layers
 from .stream_optimizer import StreamOptimizer
 
 
@@ -45,7 +45,7 @@ class DPSGD:
         plan: RecordLevelPlan,
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
-        hide: Callable[[Exception], None] | None = None,
+        hide: Hide | None = None,
     ) -> None:
         self._correct = correct
         self._hide = hide

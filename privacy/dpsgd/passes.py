@@ -11,6 +11,8 @@ from ...core.keys import Stream
 from ..mechanism import RecordLevelPlan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Hide = Callable[[Exception], None]
+"""Is told of what code raised on one example, which may follow from it."""
 
 
 def poisson_batches(plan: RecordLevelPlan, stream: Stream) -> Iterator[Tensor]:
@@ -30,7 +32,7 @@ def take_passes(
     loss: Loss,
     *,
     size: int | None,
-    hide: Callable[[Exception], None] | None,
+    hide: Hide | None,
 ) -> None:
     """Begin a sum, and add the examples to it by passes of at most `size` (None: all at once).
 

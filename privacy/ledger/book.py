@@ -189,17 +189,9 @@ class Book:
         held = self.reserved[sequence]
         return held.round <= self.forgotten.get((held.data_set, held.run), -1)
 
-    def reserved_of(self, data_set: str, run: str) -> list[Reserved]:
-        """Return the reservations of a run on a data set."""
-        return [held for held in self.reserved.values() if (held.data_set, held.run) == (data_set, run)]
-
-    def forgotten_by(self, data_set: str, run: str, up_to_round: int) -> set[int]:
-        """Return the reservations of a run on a data set up to a round."""
-        return {
-            number
-            for number, held in self.reserved.items()
-            if (held.data_set, held.run) == (data_set, run) and held.round <= up_to_round
-        }
+    def reserved_of(self, data_set: str, run: str) -> dict[int, Reserved]:
+        """Return the reservations of a run on a data set, by number."""
+        return {number: held for number, held in self.reserved.items() if (held.data_set, held.run) == (data_set, run)}
 
     def admits(self, request: Request) -> bool:
         """Return whether the budget allows the request: the event, and before a run's first one its whole plan."""

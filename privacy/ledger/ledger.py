@@ -152,11 +152,11 @@ class Ledger:
         What a server says of rounds or runs that this data set never saw is not recorded.
         """
         with self._writing() as append:
-            of_run = [held.round for held in self._book.reserved_of(data_set, run)]
-            up_to_round = min(up_to_round, max(of_run, default=-1))
+            of_run = {number: held.round for number, held in self._book.reserved_of(data_set, run).items()}
+            up_to_round = min(up_to_round, max(of_run.values(), default=-1))
             if up_to_round > self._book.forgotten.get((data_set, run), -1):
                 append("forget", {"data_set": data_set, "run": run, "up_to_round": up_to_round})
-            gone = self._book.forgotten_by(data_set, run, up_to_round)
+            gone = {number for number, round in of_run.items() if round <= up_to_round}
             self._connection.executemany("DELETE FROM secrets WHERE sequence = ?", [(number,) for number in gone])
         self._wipe()
         with store.refusing(self._folder):

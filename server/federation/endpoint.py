@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import grpc
@@ -12,12 +12,10 @@ import grpc
 from ...core.errors import InputError
 from ...transport.channel import refuse_insecure, split_address
 from ...transport.credentials import server_credentials
-from ...transport.identities import Identity, warn
+from ...transport.identities import Identity, Reminder
 from ...transport.peers import admit, peer
 from ...transport.revocation import FILE, Revocations
 from ..connections.session import Gatekeeper
-
-_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +61,6 @@ def open_endpoint(
                 problem(told[0])
         return client.name
 
-    asked: list[datetime] = []
-
-    def warning() -> str | None:
-        now = clock()
-        if asked and now - asked[-1] < _DAY:
-            return None
-        asked[:] = [now]
-        try:
-            # It may have been renewed.
-            return warn(Identity.load(identity, role="server", now=now), now)
-        except InputError as error:
-            return error.sentence
-
     credentials = server_credentials(shown, clock=clock, problem=problem)
+    warning = Reminder(identity, role="server", clock=clock)
     return Endpoint(address=address, credentials=credentials, gatekeeper=gatekeeper, warning=warning)

@@ -27,7 +27,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn import functional
 
-from bract.clients import dp_engines, sequential
+from bract.clients.kernels import dp_engines, sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.keys import Key

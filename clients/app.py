@@ -22,8 +22,8 @@ from ..strategies.codec import Encoded
 from ..strategies.compression import MEMORY
 from ..strategies.local_rule import LocalRound, LocalSession, Sent
 from ..tasks.task import SiteData, Task
-from . import sequential
 from .gate import Gate, kept_of
+from .kernels import kernel, sequential
 from .local_model import LocalModel
 from .training import LocalTraining
 
@@ -93,7 +93,7 @@ def client_app(
             train=train_again,
         )
         session = rule.session(round)
-        sequential.train(model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide)
+        kernel.train(model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide)
         update, personal = model.shared_arrays(), model.personal_arrays()
         if site.local is not None:
             update = _noised(site.local, gate, shared, update, key)

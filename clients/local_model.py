@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from ..core.parameters import Arrays, Layout
 from ..strategies.tensors import arrays_like
 from ..tasks.task import Task, initial_model
 from .training import LocalTraining
+
+if TYPE_CHECKING:
+    from .kernels.program import Program
 
 
 class LocalModel:
@@ -61,6 +65,9 @@ class LocalModel:
         self.channels_last: bool | None = None
         # Found out at the first private training: whether book-keeping gives the module's clipped sums.
         self.bookkeeping: bool | None = None
+        # Made by the traced kernel at the first training with batches of a size and a learning rate; None where there
+        # cannot be one.
+        self.programs: dict[tuple[int, float], Program | None] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:

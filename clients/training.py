@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..experiment import TrainTable
 
 
+Kernel = Literal["sequential", "traced"]
+
+
 class Optimizer(Protocol):
     """What a kernel asks of an optimizer."""
 
@@ -35,6 +38,7 @@ class LocalTraining:
     Patterns are shell patterns over tensor names (`head.*`). `buffers` None means every floating-point buffer
     travels, as without privacy it must for batch normalization; under privacy none may. `precision` is that of the
     model's products in plain training (torch's autocast); parameters, losses and steps are float32 all the same.
+    `kernel` is what executes it.
     """
 
     epochs: int = 1
@@ -48,6 +52,7 @@ class LocalTraining:
     buffers: tuple[str, ...] | None = None
     dp_engine: Literal["auto", "bookkeeping", "opacus"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
+    kernel: Kernel = "sequential"
 
     @classmethod
     def of(cls, table: TrainTable, *, private: bool) -> LocalTraining:

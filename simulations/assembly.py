@@ -139,7 +139,7 @@ def _dp_engine(experiment: Experiment, data: Mapping[str, SiteData], plan: Plan,
     if federation.local is None or not plan.mechanisms:
         return None
     like = next(iter(data.values())).train.inputs[:2]
-    from ..clients.dp_engines import dp_engine
+    from ..clients.kernels.dp_engines import dp_engine
 
     return dp_engine(federation.local, like, LocalTraining.of(experiment.train, private=True))
 
@@ -149,7 +149,7 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
     directory, experiment, federation = assembly.directory, assembly.experiment, assembly.federation
     description = manifest(
         experiment,
-        kernel="sequential",
+        kernel=federation.kernel,
         device=federation.device,
         parameters=federation.size,
         clients=len(federation.names),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from flwr.serverapp.strategy import Strategy
 
-from ..clients import sequential
+from ..clients.kernels import sequential
 from ..clients.local_model import LocalModel
 from ..core.errors import RunError
 from ..core.keys import Key

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..clients.app import Site, client_app
 from ..clients.gate import Gate
+from ..clients.kernels.kernel import choose_kernel
 from ..clients.local_model import LocalModel, build_module
 from ..clients.parts import flower_app, local_model, local_rule, strategy_of, withholds_counts
 from ..clients.training import choose_device
@@ -38,8 +39,8 @@ Arrays = dict[str, NDArray[np.generic]]
 class Federation:
     """What a round loop runs on.
 
-    `module` puts shared tensors into the resident module. `evaluation` is None where the clients' own app evaluates,
-    or nobody does.
+    `module` puts shared tensors into the resident module. `kernel` is what trains it, "app" the clients' own app.
+    `evaluation` is None where the clients' own app evaluates, or nobody does.
     """
 
     app: ClientApp
@@ -48,6 +49,7 @@ class Federation:
     module: Callable[[Arrays], nn.Module]
     traffic: Traffic
     device: str = "cpu"
+    kernel: str = "app"
     evaluation: EvaluationPlan | None = None
     withholds_metrics: bool = False
     local: LocalModel | None = None
@@ -81,8 +83,12 @@ def virtual_federation(
     module, notes = build_module(task, seed=experiment.experiment.seed, private=private)
     model, training = local_model(experiment, module, rule, device=choose_device(experiment.train.device))
     training = replace(training, precision=experiment.simulation.precision)
+    like = next(iter(data.values())).train
+    wanted, private = experiment.simulation.kernel, bool(plan.mechanisms)
+    kernel = choose_kernel(wanted, model, task.loss, like, training, rule, private=private)
+    training = replace(training, kernel=kernel)
     if plan.mechanisms:
-        refuse_mixing(model.module, next(iter(data.values())).train.inputs)
+        refuse_mixing(model.module, like.inputs)
     sites = {
         name: Site(
             name=name,
@@ -112,6 +118,7 @@ def virtual_federation(
         initial=model.shared_arrays(),
         module=loaded,
         device=str(model.device),
+        kernel=kernel,
         evaluation=plan.evaluation,
         withholds_metrics=plan.evaluation is None,
         local=model,

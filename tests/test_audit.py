@@ -18,8 +18,9 @@ from torch import nn
 
 from bract.cli.main import main
 from bract.clients import app as client_app
-from bract.clients import dp_engines, local_model, sequential
+from bract.clients import local_model
 from bract.clients.gate import Gate
+from bract.clients.kernels import dp_engines, sequential
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError
 from bract.core.keys import Key, Stream

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.clients import sequential
+from bract.clients.kernels import sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError, RunError

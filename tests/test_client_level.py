@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bract
-from bract.clients import sequential
+from bract.clients.kernels import sequential
 from bract.core.errors import BractError, InputError, RunError
 from bract.core.keys import Key
 from bract.core.parameters import Layout, record_of

@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from torch import nn
 from torch.nn import functional as F
 
-from bract.clients import sequential
 from bract.clients.gate import Gate, histogram_of, release_error
+from bract.clients.kernels import sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, choose_device, reproducible
 from bract.core import flower

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import nn
 
-from bract.clients.memory_format import prefers_channels_last
+from bract.clients.kernels.memory_format import prefers_channels_last
 from bract.clients.sgd import SGD
 from bract.clients.training import reproducible
 from bract.core.parameters import arrays_of, record_of

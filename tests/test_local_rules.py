@@ -15,9 +15,9 @@ from flwr.serverapp.strategy import FedProx as FlowerFedProx
 from torch import nn
 
 import bract
-from bract.clients import sequential
 from bract.clients.app import Site, client_app
 from bract.clients.gate import Gate
+from bract.clients.kernels import sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining
 from bract.core import flower

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bract
-from bract.clients import sequential
+from bract.clients.kernels import sequential
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining
 from bract.core.errors import InputError

@@ -12,7 +12,7 @@ import time
 import pytest
 
 import bract
-from bract.clients import dp_engines
+from bract.clients.kernels import dp_engines
 from bract.core.errors import InputError, RunError
 from bract.server.events import Evaluated, RoundFinished
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...strategies.tensors import arrays_like
 from ...tasks.prepared import site_data
 from ...tasks.registry import find_task
 from ...tasks.task import SiteData, Task
+from ..kernels.kernel import choose_kernel
 from ..local_model import build_module
 from ..parts import app_module, flower_app, local_model, local_rule, strategy_of, withholds_counts
 from ..training import choose_device
@@ -138,6 +139,17 @@ def _task(
     if private:
         refuse_mixing(module, ready.data.train.inputs)
     model, training = local_model(experiment, module, rule, device=device)
+    # As a simulation chooses, so that both give the same model.
+    kernel = choose_kernel(
+        experiment.simulation.kernel,
+        model,
+        Padded(task=task).loss,
+        ready.data.train,
+        training,
+        rule,
+        private="dp-sgd" in updates,
+    )
+    training = replace(training, kernel=kernel)
     tables = experiment.model_dump(mode="json", include={"task", "strategy", "compression"})
     work = TaskWork(
         name=data,

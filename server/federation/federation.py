@@ -221,7 +221,8 @@ class FederatedRun:
         members = membership.members if membership is not None else []
         return manifest(
             self._experiment,
-            kernel="sequential",
+            # What each site trains with follows from this by the same rule as in a simulation.
+            kernel=self._experiment.simulation.kernel,
             device="cpu",
             parameters=self._model.size,
             clients=len(members),

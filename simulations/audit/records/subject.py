@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
 
-from ....clients import dp_engines, sequential
+from ....clients.kernels import dp_engines, sequential
 from ....clients.local_model import LocalModel
 from ....clients.parts import local_rule
 from ....clients.training import LocalTraining, choose_device

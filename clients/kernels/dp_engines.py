@@ -10,14 +10,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..core.errors import InputError
-from ..core.keys import Stream
-from ..privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
-from ..privacy.dpsgd.dpsgd import DPSGD
-from ..privacy.dpsgd.passes import Hide
-from ..privacy.mechanism import RecordLevelPlan
-from .local_model import LocalModel
-from .training import LocalTraining
+from ...core.errors import InputError
+from ...core.keys import Stream
+from ...privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
+from ...privacy.dpsgd.dpsgd import DPSGD
+from ...privacy.dpsgd.passes import Hide
+from ...privacy.mechanism import RecordLevelPlan
+from ..local_model import LocalModel
+from ..training import LocalTraining
 
 
 def dp_engine(model: LocalModel, like: Tensor, training: LocalTraining) -> Literal["bookkeeping", "opacus"]:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..core.errors import RunError
-from ..core.keys import Key
-from ..privacy.dpsgd.passes import Hide, Loss, poisson_batches
-from ..privacy.mechanism import RecordLevelPlan
-from ..strategies.local_rule import LocalSession
-from ..tasks.task import Examples
-from .local_model import LocalModel
+from ...core.errors import RunError
+from ...core.keys import Key
+from ...privacy.dpsgd.passes import Hide, Loss, poisson_batches
+from ...privacy.mechanism import RecordLevelPlan
+from ...strategies.local_rule import LocalSession
+from ...tasks.task import Examples
+from ..local_model import LocalModel
+from ..training import LocalTraining, Optimizer
 from .memory_format import prefers_channels_last
-from .training import LocalTraining
 
 
 def train(
@@ -38,25 +38,21 @@ def train(
     model.module.train()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        _seed(model.device, key.child("dropout").integer())
+        seed_generators(model.device, key.child("dropout").integer())
         if plan is None:
             optimizer = training.make_optimizer(model.parameters)
-            order = _memory_format(model, examples)
+            order = memory_format(model, examples)
             for batch in shuffled_batches(len(examples), training, key.child("batches")):
-                optimizer.zero_grad()
-                inputs, targets = _on_device(examples, batch, model.device)
-                outputs = _outputs(model, inputs.contiguous(memory_format=order), training)
-                loss(outputs, targets).mean().backward()
-                correct()
-                optimizer.step()
+                inputs, targets = on_device(examples, batch, model.device)
+                take_step(model, loss, training, optimizer, inputs.contiguous(memory_format=order), targets, correct)
         else:
             from .dp_engines import private_steps
 
             like, noise = examples.inputs[:2], key.child("noise").stream()
             with private_steps(model, like, training, plan, noise, correct, hide) as private:
-                order = _memory_format(model, examples) if private.any_order else torch.contiguous_format
+                order = memory_format(model, examples) if private.any_order else torch.contiguous_format
                 for batch in poisson_batches(plan, key.child("batches").stream()):
-                    inputs, targets = _on_device(examples, batch, model.device)
+                    inputs, targets = on_device(examples, batch, model.device)
                     private.step(inputs.contiguous(memory_format=order), targets, loss)
 
 
@@ -108,7 +104,7 @@ def mean_loss(model: LocalModel, loss: Loss, examples: Examples) -> float:
     model.module.eval()
     total = 0.0
     for indices in torch.arange(len(examples)).split(1024):
-        inputs, targets = _on_device(examples, indices, model.device)
+        inputs, targets = on_device(examples, indices, model.device)
         total += float(loss(model.module(inputs), targets).double().sum())
     return total / max(1, len(examples))
 
@@ -120,12 +116,33 @@ def steps_of(records: int, training: LocalTraining, plan: RecordLevelPlan | None
 
 def shuffled_batches(records: int, training: LocalTraining, key: Key) -> Iterator[Tensor]:
     """Yield index batches of `training.epochs` passes over the records, each in a new order."""
-    for epoch in range(training.epochs):
-        order = torch.from_numpy(key.child(epoch).stream().permutation(records))
+    for order in shuffled(records, training, key):
         yield from order.split(training.batch_size)
 
 
-def _seed(device: torch.device, seed: int) -> None:
+def shuffled(records: int, training: LocalTraining, key: Key) -> Iterator[Tensor]:
+    """Yield a new order of the records for each of `training.epochs` passes over them."""
+    for epoch in range(training.epochs):
+        yield torch.from_numpy(key.child(epoch).stream().permutation(records))
+
+
+def take_step(
+    model: LocalModel,
+    loss: Loss,
+    training: LocalTraining,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    correct: Callable[[], None] = lambda: None,
+) -> None:
+    """Take one plain step on a batch, inputs [n, ...] and targets [n]; `correct` changes the gradients first."""
+    optimizer.zero_grad()
+    loss(outputs_of(model, inputs, training), targets).mean().backward()
+    correct()
+    optimizer.step()
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
     """Seed the generators of the processor and of the device: `torch.manual_seed` seeds all there are, and is slow."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -133,7 +150,8 @@ def _seed(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
-def _outputs(model: LocalModel, inputs: Tensor, training: LocalTraining) -> Tensor:
+def outputs_of(model: LocalModel, inputs: Tensor, training: LocalTraining) -> Tensor:
+    """Return what the module makes of a batch while it is trained, in float32 whatever its products' precision."""
     if training.precision == "float32":
         outputs: Tensor = model.module(inputs)
         return outputs
@@ -147,12 +165,14 @@ def _leave() -> None:
     """Correct nothing."""
 
 
-def _on_device(examples: Examples, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def on_device(examples: Examples, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the inputs and the targets of some examples."""
     # Twice as quick as indexing.
     return examples.inputs.index_select(0, batch).to(device), examples.targets.index_select(0, batch).to(device)
 
 
-def _memory_format(model: LocalModel, examples: Examples) -> torch.memory_format:
+def memory_format(model: LocalModel, examples: Examples) -> torch.memory_format:
+    """Return the order of numbers in which the module takes its inputs, found out once."""
     if model.channels_last is None:
         model.channels_last = prefers_channels_last(model.module, examples.inputs[:2].to(model.device))
         if model.channels_last:

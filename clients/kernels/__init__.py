@@ -1,0 +1,1 @@
+"""What trains one client for one round: kernels, each of which executes a LocalTraining."""

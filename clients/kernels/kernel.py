@@ -1,0 +1,79 @@
+"""Which kernel trains a model: the reference, or the quickest that takes its steps; and the call of the chosen one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ...core.errors import InputError
+from ...core.keys import Key
+from ...privacy.dpsgd.passes import Hide, Loss
+from ...privacy.mechanism import RecordLevelPlan
+from ...strategies.local_rule import LocalRule, LocalSession, Untouched
+from ...tasks.task import Examples
+from ..local_model import LocalModel
+from ..training import Kernel, LocalTraining
+from . import sequential, traced
+from .recording import NotRecordable
+
+_KERNELS = {"sequential": sequential.train, "traced": traced.train}
+
+
+def train(
+    model: LocalModel,
+    loss: Loss,
+    examples: Examples,
+    training: LocalTraining,
+    *,
+    plan: RecordLevelPlan | None,
+    key: Key,
+    session: LocalSession | None = None,
+    hide: Hide | None = None,
+) -> None:
+    """Train the module in place for one round by the kernel that `training` names, as `sequential.train` says."""
+    by = _KERNELS[training.kernel]
+    by(model, loss, examples, training, plan=plan, key=key, session=session, hide=hide)
+
+
+def choose_kernel(
+    wanted: Literal["auto"] | Kernel,
+    model: LocalModel,
+    loss: Loss,
+    like: Examples,
+    training: LocalTraining,
+    rule: LocalRule,
+    *,
+    private: bool,
+) -> Kernel:
+    """Return the kernel that trains a model on examples like these: a fixed rule, the same in every process.
+
+    "auto" is the traced one wherever it can train, on a processor. `private` says that there is record-level privacy.
+    Raises InputError where the traced one is asked for and cannot train.
+    """
+    if wanted == "sequential":
+        return "sequential"
+    reason = _unfit(training, rule, private=private)
+    if reason is None and len(like):
+        # Of the size that is asked for, so that a client with few records chooses as all others do.
+        records = torch.arange(training.batch_size) % len(like)
+        try:
+            batch = Examples(like.inputs[records], like.targets[records])
+            traced.prepare(model, loss, training, batch)
+        except NotRecordable as error:
+            reason = str(error)
+        else:
+            return "traced" if wanted == "traced" or model.device.type == "cpu" else "sequential"
+    if wanted == "traced" and reason:
+        raise InputError("experiment-conflict", f'simulation.kernel = "traced": {reason}; use "auto" or "sequential"')
+    return "sequential"
+
+
+def _unfit(training: LocalTraining, rule: LocalRule, *, private: bool) -> str | None:
+    if private:
+        return "record-level privacy clips each example's gradient, which it does not do"
+    if rule.session is not Untouched:
+        return "the strategy corrects the gradients of each step"
+    if training.optimizer != "sgd" or training.momentum or training.l2:
+        return "it takes steps of plain SGD, without momentum and without L2"
+    return None

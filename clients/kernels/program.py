@@ -1,0 +1,101 @@
+"""A program: a recorded step of plain SGD, rewritten, and repeated without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .recording import Operation, Recording, Value
+from .rewriting import overwriting, with_constants, with_steps, without_aliases, without_the_unused
+
+aten: Any = torch.ops.aten
+
+# Calls of an operation by its full name are several times slower than torch's own functions.
+_QUICK: dict[Any, Callable[..., Any]] = {
+    aten.addmm.default: torch.addmm,
+    aten.mm.default: torch.mm,
+    aten.t.default: torch.t,
+    aten.relu.default: torch.relu,
+    aten.relu_.default: torch.relu_,
+    aten._log_softmax.default: torch._log_softmax,
+    aten.sum.dim_IntList: torch.sum,
+    aten.view.default: Tensor.view,
+}
+
+
+class Program:
+    """A step on batches of one size: `begin`, then `step` for each, then `settle`.
+
+    It moves the parameters that it was recorded with, by the learning rate `rate`. `source` is the step as Python.
+    """
+
+    def __init__(self, recording: Recording, parameters: Sequence[Tensor], *, rate: float) -> None:
+        lean = without_the_unused(with_constants(without_aliases(recording)))
+        stepped = with_steps(lean, parameters, rate=rate)
+        self._deferred = stepped.deferred
+        self.source, scope = _written(overwriting(without_the_unused(stepped.recording)))
+        exec(compile(self.source, "<recorded step>", "exec"), scope)
+        self.step: Callable[[Tensor, Tensor], None] = scope["step"]
+
+    def begin(self) -> None:
+        """Begin with the parameters as they are."""
+        for linear in self._deferred:
+            linear.begin()
+
+    def settle(self) -> None:
+        """Put the steps that waited into the parameters."""
+        for linear in self._deferred:
+            linear.settle()
+
+
+def _written(recording: Recording) -> tuple[str, dict[str, Any]]:
+    """Return the step as a Python function of the batch, and what it refers to by name."""
+    scope: dict[str, Any] = {_name(Value(place)): tensor.detach() for place, tensor in recording.fixed.items()}
+    last = {value: each for each in recording.operations for value in (*each.values, *each.results) if value}
+    lasting = {recording.inputs, recording.targets, *(Value(place) for place in recording.fixed)}
+    lines = []
+    for number, each in enumerate(recording.operations):
+        scope[f"f{number}"] = _QUICK.get(each.target, each.target) if _is_torch(each) else each.target
+        lines.append(_line(number, each, scope))
+        # What is freed early is used again while it is still in the processor's cache.
+        done = sorted({value.index for value in last if last[value] is each and value not in lasting})
+        lines.extend(f"del {_name(Value(index))}" for index in done)
+    head = f"def step({_name(recording.inputs)}, {_name(recording.targets)}):"
+    return "\n".join([head, *(f"    {line}" for line in lines or ["pass"]), ""]), scope
+
+
+def _is_torch(operation: Operation) -> bool:
+    return isinstance(operation.target, torch._ops.OpOverload)
+
+
+def _line(number: int, operation: Operation, scope: dict[str, Any]) -> str:
+    arguments = [_written_argument(each, scope) for each in operation.arguments]
+    arguments += [f"{name}={_written_argument(value, scope)}" for name, value in operation.keywords]
+    call = f"f{number}({', '.join(arguments)})"
+    if not operation.results:
+        return call
+    names = [_name(value) if value is not None else "_" for value in operation.results]
+    return f"{names[0]} = {call}" if operation.alone else f"{', '.join(names)}, = {call}"
+
+
+def _written_argument(value: Any, scope: dict[str, Any]) -> str:
+    if isinstance(value, Value):
+        return _name(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_written_argument(each, scope) for each in value)}]"
+    if value is None or isinstance(value, bool | int | str):
+        return repr(value)
+    # A number that is not finite, a type, a device: by name.
+    for name, known in scope.items():
+        if known is value:
+            return name
+    name = f"c{len(scope)}"
+    scope[name] = value
+    return name
+
+
+def _name(value: Value) -> str:
+    return f"v{value.index}"

@@ -65,9 +65,8 @@ class LocalModel:
         self.channels_last: bool | None = None
         # Found out at the first private training: whether book-keeping gives the module's clipped sums.
         self.bookkeeping: bool | None = None
-        # Made by the traced kernel at the first training with batches of a size and a learning rate; None where there
-        # cannot be one.
-        self.programs: dict[tuple[int, float], Program | None] = {}
+        # Made by the traced kernel at the first training with batches of a form; None where there cannot be one.
+        self.programs: dict[tuple[object, ...], Program | None] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:

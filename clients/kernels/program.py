@@ -29,13 +29,15 @@ _QUICK: dict[Any, Callable[..., Any]] = {
 class Program:
     """A step on batches of one size: `begin`, then `step` for each, then `settle`.
 
-    It moves the parameters that it was recorded with, by the learning rate `rate`. `source` is the step as Python.
+    It moves the parameters that it was recorded with, by the learning rate `rate`. `source` is the step as Python;
+    `draws` says whether it takes random numbers from torch's generators.
     """
 
     def __init__(self, recording: Recording, parameters: Sequence[Tensor], *, rate: float) -> None:
         lean = without_the_unused(with_constants(without_aliases(recording)))
         stepped = with_steps(lean, parameters, rate=rate)
         self._deferred = stepped.deferred
+        self.draws = any(each.is_random for each in stepped.recording.operations)
         self.source, scope = _written(overwriting(without_the_unused(stepped.recording)))
         exec(compile(self.source, "<recorded step>", "exec"), scope)
         self.step: Callable[[Tensor, Tensor], None] = scope["step"]

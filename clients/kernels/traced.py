@@ -6,7 +6,8 @@ program as that does. Under record-level privacy, and where a strategy corrects 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,14 +44,42 @@ def train(
     if plan is not None or not isinstance(session, Untouched | None):
         sequential.train(model, loss, examples, training, plan=plan, key=key, session=session, hide=hide)
         return
-    model.module.train()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        sequential.seed_generators(model.device, key.child("dropout").integer())
+    programs = _programs(model, loss, training, examples)
+    with _draws(model, key.child("dropout"), programs):
         order = sequential.memory_format(model, examples)
         for records in _stretches(len(examples), training, key.child("batches")):
             inputs, targets = sequential.on_device(examples, records, model.device)
-            _train_on(model, loss, training, Examples(inputs.contiguous(memory_format=order), targets))
+            inputs, size = inputs.contiguous(memory_format=order), min(training.batch_size, len(inputs))
+            _train_on(model, loss, training, inputs.split(size), targets.split(size), programs[size])
+
+
+def _programs(model: LocalModel, loss: Loss, training: LocalTraining, examples: Examples) -> dict[int, Program | None]:
+    """Return the programs for the sizes of batches that training takes; None where there cannot be one."""
+    whole, rest = divmod(len(examples), training.batch_size)
+    sizes = (training.batch_size if whole else 0, rest)
+    found: dict[int, Program | None] = {}
+    for size in filter(None, sizes):
+        batch = Examples(examples.inputs[:size], examples.targets[:size])
+        form = _form(batch, training)
+        if form not in model.programs:
+            try:
+                prepare(model, loss, training, batch)
+            except NotRecordable:
+                model.programs[form] = None
+        found[size] = model.programs[form]
+    return found
+
+
+@contextmanager
+def _draws(model: LocalModel, key: Key, programs: Mapping[int, Program | None]) -> Iterator[None]:
+    """Seed torch's generators from the key, and put them back; where no step draws, there is no need."""
+    if all(program is not None and not program.draws for program in programs.values()):
+        yield
+        return
+    model.module.train()
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        sequential.seed_generators(model.device, key.integer())
+        yield
 
 
 def _stretches(records: int, training: LocalTraining, key: Key) -> Iterator[Tensor]:
@@ -64,32 +93,29 @@ def _stretches(records: int, training: LocalTraining, key: Key) -> Iterator[Tens
             yield order[whole:]
 
 
-def _train_on(model: LocalModel, loss: Loss, training: LocalTraining, examples: Examples) -> None:
-    """Take the steps on examples in their order, all batches of one size."""
-    size = min(training.batch_size, len(examples))
-    batches = list(zip(examples.inputs.split(size), examples.targets.split(size), strict=True))
-    program = _program(model, loss, training, Examples(*batches[0]))
+def _train_on(
+    model: LocalModel,
+    loss: Loss,
+    training: LocalTraining,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    program: Program | None,
+) -> None:
+    """Take the steps on batches of one size, in their order."""
     if program is None:
         optimizer = training.make_optimizer(model.parameters)
-        for inputs, targets in batches:
-            sequential.take_step(model, loss, training, optimizer, inputs, targets)
+        for batch, wanted in zip(inputs, targets, strict=True):
+            sequential.take_step(model, loss, training, optimizer, batch, wanted)
         return
     with torch.inference_mode():
         program.begin()
-        for inputs, targets in batches:
-            program.step(inputs, targets)
+        for batch, wanted in zip(inputs, targets, strict=True):
+            program.step(batch, wanted)
         program.settle()
 
 
-def _program(model: LocalModel, loss: Loss, training: LocalTraining, batch: Examples) -> Program | None:
-    """Return the program for batches like this one; None where there cannot be one."""
-    form = (len(batch), training.learning_rate)
-    if form not in model.programs:
-        try:
-            prepare(model, loss, training, batch)
-        except NotRecordable:
-            model.programs[form] = None
-    return model.programs[form]
+def _form(batch: Examples, training: LocalTraining) -> tuple[object, ...]:
+    return (batch.inputs.shape, batch.inputs.dtype, batch.targets.shape, batch.targets.dtype, training.learning_rate)
 
 
 def prepare(model: LocalModel, loss: Loss, training: LocalTraining, batch: Examples) -> None:
@@ -135,7 +161,7 @@ def prepare(model: LocalModel, loss: Loss, training: LocalTraining, batch: Examp
         model.module.train(was_training)
     if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max()), equal_nan=True):
         raise NotRecordable("its steps differ from those of autograd")
-    model.programs[len(batch), training.learning_rate] = program
+    model.programs[_form(batch, training)] = program
 
 
 def _moved(model: LocalModel, steps: Callable[[], None]) -> Tensor:

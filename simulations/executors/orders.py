@@ -13,7 +13,8 @@ from ...server.grid import Arrival
 from ...strategies.fold import Fold, Total
 from .executor import Call, CallTimes, Watch
 
-CHUNKS_PER_WORKER = 4
+# A worker is given this share of its share of what is left (guided self-scheduling, Polychronopoulos and Kuck 1987).
+SHARES_PER_WORKER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,12 @@ def orders_of(calls: Sequence[Call], *, first: int) -> tuple[list[Order], dict[i
 
 
 def chunked(orders: Sequence[Order], workers: int) -> Iterator[Orders]:
-    """Yield orders in chunks of one size, a few for each worker."""
-    size = max(1, -(-len(orders) // (workers * CHUNKS_PER_WORKER)))
-    for start in range(0, len(orders), size):
+    """Yield orders in chunks that shrink, so that all workers end together: each a share of what is left then."""
+    start = 0
+    while start < len(orders):
+        size = max(1, (len(orders) - start) // (workers * SHARES_PER_WORKER))
         yield tuple(orders[start : start + size])
+        start += size
 
 
 def arrival_of(

@@ -27,19 +27,26 @@ from .worker_process import work
 
 # A call that ends this many workers is taken for a failure of that client.
 MOST_DEATHS = 2
+MOST_ASKED = 2
+# Bytes that a pipe takes whether or not the other end reads.
+SENT_AHEAD = 2**15
 PRELOAD = ["bract.simulations.executors.worker_process"]
 
 
 @dataclass(kw_only=True)
 class _Worker:
-    """A process, what it was last asked for (no orders: its total), and what is in the total that it keeps."""
+    """A process, what it is asked for and has not answered, in order (no orders: its total), and what its total holds.
+
+    `adds` says that it was given more since it was last asked for its total.
+    """
 
     process: BaseProcess
     connection: Connection
     contents: set[int] = field(default_factory=set)
     exchange: int = 0
-    asked: Orders | None = None
+    asked: deque[Orders] = field(default_factory=deque)
     kept: list[Orders] = field(default_factory=list)
+    adds: bool = False
 
 
 @dataclass(kw_only=True)
@@ -88,9 +95,9 @@ class WorkerPool:
         finally:
             # An exchange that is left early must not hand its late replies to the next one.
             for worker in self._workers:
-                if worker.asked is not None:
+                if worker.asked:
                     self._end(worker)
-                worker.kept = []
+                worker.kept, worker.adds = [], False
             self._workers = [worker for worker in self._workers if worker.process.is_alive()]
 
     def close(self) -> None:
@@ -112,52 +119,70 @@ class WorkerPool:
 
     def _finished(self, exchange: _Exchange) -> bool:
         """Return whether nothing waits, nobody is busy, and no total is still with its worker."""
-        return not exchange.chunks and not any(worker.asked is not None or worker.kept for worker in self._workers)
+        return not exchange.chunks and not any(worker.asked or worker.kept for worker in self._workers)
 
     def _fill(self, exchange: _Exchange) -> None:
-        """Give every free worker a chunk, or ask for its total; start workers while there are fewer than may be."""
-        busy = sum(worker.asked is not None for worker in self._workers)
+        """Have every worker hold two requests, and as the last one that for its total; start workers if there may be more.
+
+        One that waited for its next request to be sent would do nothing meanwhile.
+        """
+        busy = sum(len(worker.asked) for worker in self._workers)
         while len(self._workers) < min(self._count, len(exchange.chunks) + busy):
             self._workers.append(self._start())
-        for worker in self._workers:
-            if worker.asked is not None or not (exchange.chunks or worker.kept):
-                continue
-            orders = exchange.chunks.popleft() if exchange.chunks else ()
-            needed = {order.content for order in orders}
-            chunk = Chunk(
-                exchange=exchange.number,
-                orders=orders,
-                contents={number: exchange.contents[number] for number in needed - worker.contents},
-                fold=exchange.fold if worker.exchange != exchange.number else None,
-            )
-            try:
-                worker.connection.send_bytes(pickle.dumps(chunk, protocol=pickle.HIGHEST_PROTOCOL))
-            except OSError:
-                # It died while it was idle: the next turn replaces it.
-                self._take_back(worker, orders, exchange)
+        for depth in range(MOST_ASKED):
+            for worker in self._workers:
+                if len(worker.asked) == depth:
+                    self._ask(worker, exchange)
+        self._workers = [worker for worker in self._workers if worker.process.is_alive() or worker.asked]
+
+    def _ask(self, worker: _Worker, exchange: _Exchange) -> None:
+        """Send a worker the next chunk, or the request for its total, if there is any and it can be sent at once."""
+        if not exchange.chunks and not worker.adds:
+            return
+        orders = exchange.chunks.popleft() if exchange.chunks else ()
+        needed = {order.content for order in orders}
+        chunk = Chunk(
+            exchange=exchange.number,
+            orders=orders,
+            contents={number: exchange.contents[number] for number in needed - worker.contents},
+            fold=exchange.fold if worker.exchange != exchange.number else None,
+        )
+        sent = pickle.dumps(chunk, protocol=pickle.HIGHEST_PROTOCOL)
+        if worker.asked and len(sent) > SENT_AHEAD:
+            # Sending it would wait for the worker, which may itself wait for its answer to be read.
+            exchange.chunks.appendleft(orders)
+            return
+        try:
+            worker.connection.send_bytes(sent)
+        except OSError:
+            # It died: if it was asked for anything, that is seen when its answers are read.
+            self._give_back([orders], exchange)
+            if not worker.asked:
+                self._give_back(worker.kept, exchange)
                 self._end(worker)
-                continue
-            worker.exchange, worker.asked = exchange.number, orders
-            worker.contents = needed or worker.contents
-        self._workers = [worker for worker in self._workers if worker.process.is_alive() or worker.asked is not None]
+            return
+        worker.exchange, worker.contents = exchange.number, needed or worker.contents
+        worker.asked.append(orders)
+        worker.adds = bool(orders) and exchange.fold is not None
 
     def _collect(self, exchange: _Exchange) -> None:
         """Wait for a worker, and take what came; the chunk of one that died goes back, one call at a time."""
-        busy = {worker.connection: worker for worker in self._workers if worker.asked is not None}
+        busy = {worker.connection: worker for worker in self._workers if worker.asked}
         for connection in wait(list(busy)):
             worker = busy[connection]  # type: ignore[index]
-            orders, worker.asked = worker.asked or (), None
             try:
                 answer = pickle.loads(worker.connection.recv_bytes())
             except (EOFError, OSError, pickle.UnpicklingError):
                 self._end(worker)
                 self._workers.remove(worker)
-                self._log(f"a worker process ended while it trained {', '.join(order.client for order in orders)}")
-                self._take_back(worker, (), exchange)
-                self._try_again(orders, exchange)
+                first, *others = worker.asked
+                self._log(f"a worker process ended while it trained {', '.join(order.client for order in first)}")
+                self._give_back([*worker.kept, *others], exchange)
+                self._try_again(first, exchange)
                 continue
             if isinstance(answer, BaseException):
                 raise answer
+            orders = worker.asked.popleft()
             if not orders:
                 worker.kept = []
                 self._add(answer, exchange)
@@ -166,10 +191,9 @@ class WorkerPool:
             if exchange.fold is not None:
                 worker.kept.append(orders)
 
-    def _take_back(self, worker: _Worker, orders: Orders, exchange: _Exchange) -> None:
-        """Have others do what a worker lost: a chunk that it never got, and those whose total it kept."""
-        exchange.chunks.extendleft(chunk for chunk in (*worker.kept, orders) if chunk)
-        worker.kept = []
+    def _give_back(self, lost: Iterable[Orders], exchange: _Exchange) -> None:
+        """Have others do what a worker lost: chunks that it never began, and those whose total it kept."""
+        exchange.chunks.extendleft(chunk for chunk in lost if chunk)
 
     def _try_again(self, orders: Orders, exchange: _Exchange) -> None:
         for order in reversed(orders):

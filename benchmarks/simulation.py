@@ -57,6 +57,21 @@ def experiment(args: argparse.Namespace) -> Experiment:
     task: dict[str, Any] = {"name": f"{Path(__file__).stem}:{EvenFashionMnist.__name__}", "clients": args.clients}
     if "FASHION_MNIST" in os.environ:
         task["data"] = str(Path(os.environ["FASHION_MNIST"]).resolve())
+    if args.app:
+        return Experiment.of(
+            {
+                "experiment": {"name": f"app-{args.model}", "rounds": args.rounds + 1},
+                "task": {"model": f"flower_app:{args.model}_model"},
+                "clients": {
+                    "app": f"flower_app:{args.model}",
+                    "count": args.clients,
+                    "sampling": "fixed",
+                    "per_round": args.cohort,
+                },
+                "simulation": {"workers": args.threads, "curves": False, "baselines": False},
+            },
+            folder=HERE / "peers",
+        )
     tables: dict[str, dict[str, Any]] = {
         "experiment": {"name": f"fashion-{args.model}", "rounds": args.rounds + 1},
         "task": task,
@@ -78,16 +93,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = bract.simulate(experiment(args), out=Path(folder) / "run", listeners=[mark])
     rate = args.rounds * args.cohort / (marks[-1] - marks[0])
-    accuracy = result.metrics["accuracy"]
+    # A Flower app's clients evaluate by themselves, if at all.
+    accuracy = result.metrics.get("accuracy")
     return {"peer": "bract", "model": args.model, "clients_per_s": round(rate, 2), "accuracy": accuracy}
 
 
 def pair(args: argparse.Namespace) -> None:
     """Run bract and another script in turn, and print their lines and the ratio of their rates."""
     flags = [f"--{name}={getattr(args, name)}" for name in ("model", "clients", "cohort", "rounds", "threads")]
+    own = ["--app"] if args.app else []
     ratios = []
     for _ in range(args.pairs):
-        ours = _line([sys.executable, __file__, *flags, f"--device={args.device}", f"--precision={args.precision}"])
+        ours = _line(
+            [sys.executable, __file__, *flags, f"--device={args.device}", f"--precision={args.precision}", *own]
+        )
         theirs = _line([args.python, args.pair, *flags])
         ratios.append(ours["clients_per_s"] / theirs["clients_per_s"])
     found = {"model": args.model, "pairs": len(ratios), "ratio": round(median(ratios), 2)}
@@ -114,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processes of bract, threads of the others")
     parser.add_argument("--device", default="cpu", help='where bract trains: "cpu", "cuda" or "auto"')
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of bract's products")
+    parser.add_argument("--app", action="store_true", help="have bract run the stock Flower ClientApp of peers/")
     parser.add_argument("--pair", metavar="SCRIPT", help="run this script in turn with bract")
     parser.add_argument("--pairs", type=int, default=5, help="how many times each")
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the other script")

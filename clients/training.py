@@ -112,12 +112,12 @@ def reproducible(*, threads: int | None = 1) -> Iterator[None]:
     With one thread it is the same function on every machine of a kind; None leaves torch its number, which is quicker
     for large models, and the same bytes wherever that number is the same.
     """
-    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
     torch.set_num_threads(threads or before)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms does the same, and imports torch's compiler, which takes seconds.
+    torch.set_deterministic_debug_mode("warn")
     # Else torch writes NaN into each new tensor before its first use, which takes a sixth of a small model's time.
     memory.fill_uninitialized_memory = False
     try:
@@ -125,4 +125,4 @@ def reproducible(*, threads: int | None = 1) -> Iterator[None]:
     finally:
         memory.fill_uninitialized_memory = fill
         torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(deterministic)

@@ -122,7 +122,7 @@ class WorkerPool:
         return not exchange.chunks and not any(worker.asked or worker.kept for worker in self._workers)
 
     def _fill(self, exchange: _Exchange) -> None:
-        """Have every worker hold two requests, and as the last one that for its total; start workers if there may be more.
+        """Have every worker hold two requests, and last that for its total; start workers if there may be more.
 
         One that waited for its next request to be sent would do nothing meanwhile.
         """

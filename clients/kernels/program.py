@@ -79,7 +79,8 @@ def _line(number: int, operation: Operation, scope: dict[str, Any]) -> str:
     call = f"f{number}({', '.join(arguments)})"
     if not operation.results:
         return call
-    names = [_name(value) if value is not None else "_" for value in operation.results]
+    # What was there before the step is only ever changed in place: its name stays bound outside the function.
+    names = ["_" if value is None or _name(value) in scope else _name(value) for value in operation.results]
     return f"{names[0]} = {call}" if operation.alone else f"{', '.join(names)}, = {call}"
 
 

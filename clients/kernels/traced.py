@@ -41,7 +41,7 @@ def train(
     hide: Hide | None = None,
 ) -> None:
     """Train the module in place for one round, as `sequential.train` does."""
-    if plan is not None or not isinstance(session, Untouched | None):
+    if plan is not None or type(session) not in (Untouched, type(None)):
         sequential.train(model, loss, examples, training, plan=plan, key=key, session=session, hide=hide)
         return
     programs = _programs(model, loss, training, examples)
@@ -133,23 +133,25 @@ def prepare(model: LocalModel, loss: Loss, training: LocalTraining, batch: Examp
     def twice_by_autograd() -> None:
         optimizer = training.make_optimizer(parameters)
         for _ in range(2):
-            sequential.take_step(model, loss, training, optimizer, inputs, targets)
+            sequential.take_step(model, loss, training, optimizer, inputs.clone(), targets.clone())
         optimizer.zero_grad()
 
     def twice_by_program() -> None:
         with torch.inference_mode():
             program.begin()
             for _ in range(2):
-                program.step(inputs, targets)
+                program.step(inputs.clone(), targets.clone())
             program.settle()
 
     was_training = model.module.training
     model.module.train()
     try:
         with torch.random.fork_rng(devices=devices):
-            recording = record(step, model.module, parameters, inputs, targets)
+            # A model may work in place on what it is given.
+            recording = record(step, model.module, parameters, inputs.clone(), targets.clone())
             # What a step does must not follow from a batch's numbers.
-            if not recording.same_steps(record(step, model.module, parameters, torch.zeros_like(inputs), targets)):
+            other = record(step, model.module, parameters, torch.zeros_like(inputs), targets.clone())
+            if not recording.same_steps(other):
                 raise NotRecordable("the model does other things for other numbers")
             program = Program(recording, parameters, rate=training.learning_rate)
             expected, found = _moved(model, twice_by_autograd), _moved(model, twice_by_program)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
@@ -46,15 +47,17 @@ def words(n=27):
 
 
 class Residual(nn.Module):
-    """A weight used twice, an input used twice, and an activation that is changed in place."""
+    """Weights, inputs and activations used twice, an activation that is changed in place, and a literal tensor."""
 
     def __init__(self):
         super().__init__()
         self.first, self.tied, self.out = nn.Linear(12, 12), nn.Linear(12, 12, bias=False), nn.Linear(12, 3)
 
     def forward(self, inputs):
-        hidden = torch.relu_(self.first(inputs)) + inputs
-        return self.out(torch.tanh(self.tied(self.tied(hidden))))
+        before = self.first(inputs)
+        hidden = torch.relu(before) + before
+        hidden = torch.relu_(self.tied(hidden)) + inputs
+        return self.out(torch.tanh(self.tied(hidden))) * torch.tensor([1.0, 0.5, 2.0], device=inputs.device)
 
 
 class Sentences(nn.Module):
@@ -158,6 +161,21 @@ def test_a_client_begins_with_its_own_weights():
     assert all(np.array_equal(ends[0][name], ends[1][name]) for name in start)
 
 
+def test_a_client_that_fails_on_its_way_leaves_nothing_to_the_next():
+    make, data = MODELS["wide"]
+    training = LocalTraining(batch_size=10)
+    model, other = (resident(make, training=training) for _ in range(2))
+    start, bad = model.shared_arrays(), data()
+    # One record of a batch in the middle is of a class that there is not.
+    bad.targets[torch.from_numpy(KEY.child("batches").child(0).stream().permutation(57))[25]] = 7
+    with pytest.raises(IndexError):
+        traced.train(model, loss, bad, training, plan=None, key=KEY)
+    for each in (model, other):
+        each.load(start)
+        traced.train(each, loss, data(), training, plan=None, key=KEY)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters, other.parameters, strict=True))
+
+
 def test_preparing_leaves_model_data_and_random_numbers_as_they_were():
     class InPlace(nn.Sequential):
         def forward(self, inputs):
@@ -204,6 +222,10 @@ ODD = {
     "generator": (
         lambda model, outputs, inputs: outputs + torch.rand(outputs.shape, generator=model.own),
         "generator of its own",
+    ),
+    "clock": (
+        lambda model, outputs, inputs: outputs * torch.tensor(float(time.perf_counter_ns())),
+        "other things for other numbers",
     ),
     "raises": (lambda model, outputs, inputs: outputs @ inputs, "a step of it fails: RuntimeError"),
 }

@@ -52,15 +52,17 @@ class SmallDisk:
         return Path(f"/proc/{self.process.pid}/root{self.folder}")
 
     def fill(self) -> None:
-        """Leave no byte."""
+        """Leave no byte, whatever the process removes meanwhile."""
+        deadline = time.monotonic() + 30
         with (self.seen / "filler").open("wb", buffering=0) as file:
-            for size in (1 << 16, 1 << 10, 1):
-                try:
-                    while file.write(bytes(size)) == size:
-                        pass
-                except OSError:
-                    continue
-        assert shutil.disk_usage(self.seen).free == 0
+            while shutil.disk_usage(self.seen).free:
+                assert time.monotonic() < deadline
+                for size in (1 << 16, 1 << 10, 1):
+                    try:
+                        while file.write(bytes(size)) == size:
+                            pass
+                    except OSError:
+                        continue
 
     def free(self) -> None:
         (self.seen / "filler").unlink()

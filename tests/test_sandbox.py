@@ -99,7 +99,7 @@ def _kill_at_random(folder: Path, expected: str, *, kills: int, rounds: int) -> 
             os.kill(drawn.choice(children), signal.SIGKILL)
             killed += 1
     out, err = running.communicate(timeout=600)
-    assert running.returncode == 0, err
+    assert running.returncode == 0, err + out
     assert killed == kills, "the run was over before all kills"
     record = json.loads(out)
     assert (record["status"], record["model_sha256"]) == ("completed", expected)

@@ -68,6 +68,17 @@ def test_one_two_and_three_processes_give_the_same_bytes(tiny, tmp_path, keys):
     assert results[0].guarantee == results[1].guarantee == results[2].guarantee
 
 
+def test_replies_larger_than_a_pipe_are_read_while_more_is_asked_for(tiny, tmp_path):
+    """Each client keeps and sends a megabyte: a worker's answer must not wait for a request that waits for it."""
+    keys = {"task.clients": 8, "task.features": 2000, "train.model": "mlp", "train.personal": ("hidden.*",)}
+    keys |= {"strategy.name": "flwr.serverapp.strategy:FedMedian", "experiment.rounds": 2, "task.records": 20}
+    sums = [
+        bract.simulate(tiny(**keys, **{"simulation.workers": count}), out=tmp_path / str(count)).model_sha256
+        for count in (1, 2)
+    ]
+    assert sums[0] == sums[1]
+
+
 def test_a_killed_worker_is_replaced_and_nothing_changes(tiny, tmp_path):
     killed = []
 

@@ -63,7 +63,7 @@ class Worker:
 
         Raises whatever the recipe raises.
         """
-        _keep_memory()
+        keep_memory()
         if recipe.folder is not None:
             # A fold of the user's own class is found by its module's name.
             sys.path.insert(0, str(recipe.folder.resolve()))
@@ -122,7 +122,7 @@ class Worker:
         )
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have the allocator keep what is freed: it would return each gradient to the system, and page it in again."""
     trim_threshold, mmap_threshold = -1, -3
     try:

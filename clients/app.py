@@ -23,7 +23,8 @@ from ..strategies.compression import MEMORY
 from ..strategies.local_rule import LocalRound, LocalSession, Sent
 from ..tasks.task import SiteData, Task
 from .gate import Gate, kept_of
-from .kernels import kernel, sequential
+from .kernels import sequential
+from .kernels.kernel import KERNELS
 from .local_model import LocalModel
 from .training import LocalTraining
 
@@ -58,7 +59,7 @@ def client_app(
     other batches and other noise, a repeated round from the same place the same ones.
     """
     app = ClientApp()
-    rule = gate.rule
+    rule, by_kernel = gate.rule, KERNELS[training.kernel]
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -93,7 +94,7 @@ def client_app(
             train=train_again,
         )
         session = rule.session(round)
-        kernel.train(model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide)
+        by_kernel(model, task.loss, records, training, plan=site.plan, key=key, session=session, hide=site.hide)
         update, personal = model.shared_arrays(), model.personal_arrays()
         if site.local is not None:
             update = _noised(site.local, gate, shared, update, key)

@@ -1,4 +1,4 @@
-"""Which kernel trains a model: the reference, or the quickest that takes its steps; and the call of the chosen one."""
+"""Which kernel trains a model: the reference, or the quickest that takes its steps."""
 
 from __future__ import annotations
 
@@ -7,33 +7,16 @@ from typing import Literal
 import torch
 
 from ...core.errors import InputError
-from ...core.keys import Key
-from ...privacy.dpsgd.passes import Hide, Loss
-from ...privacy.mechanism import RecordLevelPlan
-from ...strategies.local_rule import LocalRule, LocalSession, Untouched
+from ...privacy.dpsgd.passes import Loss
+from ...strategies.local_rule import LocalRule, Untouched
 from ...tasks.task import Examples
 from ..local_model import LocalModel
 from ..training import Kernel, LocalTraining
 from . import sequential, traced
 from .recording import NotRecordable
 
-_KERNELS = {"sequential": sequential.train, "traced": traced.train}
-
-
-def train(
-    model: LocalModel,
-    loss: Loss,
-    examples: Examples,
-    training: LocalTraining,
-    *,
-    plan: RecordLevelPlan | None,
-    key: Key,
-    session: LocalSession | None = None,
-    hide: Hide | None = None,
-) -> None:
-    """Train the module in place for one round by the kernel that `training` names, as `sequential.train` says."""
-    by = _KERNELS[training.kernel]
-    by(model, loss, examples, training, plan=plan, key=key, session=session, hide=hide)
+# By the name that a LocalTraining gives; each is called as `sequential.train` says.
+KERNELS = {"sequential": sequential.train, "traced": traced.train}
 
 
 def choose_kernel(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .recording import Operation, Recording, Value
-from .rewriting import overwriting, with_constants, with_steps, without_aliases, without_the_unused
+from .rewriting import overwriting, with_constants, without_aliases, without_the_unused
+from .stepping import with_steps
 
 aten: Any = torch.ops.aten
 

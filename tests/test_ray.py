@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
 
 import bract
-from bract.core.errors import InputError
+from bract.core.errors import InputError, RunError
+from bract.server.events import ClientReplied
 
 has_ray = importlib.util.find_spec("ray") is not None
 PRIVATE = {"privacy.unit": "record", "privacy.noise_multiplier": 4.0}
@@ -49,3 +53,28 @@ def test_objects_of_a_program_train_in_it(tiny, tmp_path):
     with pytest.raises(InputError, match="object of this program"):
         bract.simulate(tiny(**{"simulation.executor": "processes"}), strategy=FedAvg(), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not has_ray, reason="needs Ray")
+def test_a_run_that_lost_an_actor_goes_on_to_the_same_bytes(tiny, tmp_path):
+    """The checkpoint of the round before is there, and what the lost round drew is drawn again."""
+    keys = {"task.clients": 6, "experiment.rounds": 5, "server.checkpoint_every": 0.0, "simulation.workers": 2}
+    quiet = bract.simulate(tiny(**keys, **{"simulation.executor": "inline"}), out=tmp_path / "quiet")
+
+    def kill(event):
+        if isinstance(event, ClientReplied) and event.round == 3:
+            table = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+            rows = [line.split(None, 2) for line in table.splitlines()[1:]]
+            mine = {os.getpid()}
+            for _ in range(4):
+                mine |= {int(pid) for pid, parent, _ in rows if int(parent) in mine}
+            for actor in [int(pid) for pid, _, args in rows if int(pid) in mine and args.startswith("ray::Actor")]:
+                os.kill(actor, signal.SIGKILL)
+
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=r"a Ray worker was lost .* go on with --resume"):
+        bract.simulate(tiny(**keys, **{"simulation.executor": "ray"}), out=run, listeners=[kill])
+    assert 2 <= len((run / "metrics.jsonl").read_text().splitlines()) < 5
+    resumed = bract.simulate(resume=run)
+    assert resumed.record["rounds"] == 5
+    assert resumed.model_sha256 == quiet.model_sha256

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..clients.training import LocalTraining
 from ..core.keys import Key
@@ -28,9 +26,11 @@ from .federation import Federation, flower_federation, travelling_size, virtual_
 from .grid import VirtualGrid
 from .plan import load_clients
 from .recipe import Recipe
-from .shared_data import SharedData
+from .shared_data import Population
 from .sizing import worker_count
 from .virtual_clock import VirtualClock
+
+_KINDS = ("inputs", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def assemble(
     client takes. Raises InputError.
     """
     free = None if existing else RunDirectory.free(out, experiment.experiment.name)
-    data = load_clients(experiment, task) if task else {}
+    data = Population(load_clients(experiment, task) if task else {})
     secret = existing.key() if existing else Key.fresh()
     key = secret if experiment.privacy.randomness == "secret" else Key.from_seed(experiment.experiment.seed)
     counts = {name: len(site.train) for name, site in data.items()}
@@ -101,8 +101,7 @@ def assemble(
     )
     executor: Executor
     if where in ("processes", "ray") or (where == "auto" and workers > 1 and not given):
-        shared = SharedData.of(data) if task else None
-        data = shared.sites() if shared else data
+        shared = data.share() if task else None
         recipe = Recipe(tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key)
         if where == "ray":
             wanted, address = experiment.simulation.workers, experiment.simulation.ray_address
@@ -164,7 +163,7 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
         precision=experiment.simulation.precision,
     )
     # A digest of private data would let a guess of the data be checked, so it stays in private/.
-    origin = origin_of(experiment, federation.initial) | {"data": digest(_tensors(assembly.data))}
+    origin = origin_of(experiment, federation.initial) | {"data": _data_digest(assembly.data)}
     if resumed:
         refuse_changed(directory, description, origin)
     else:
@@ -172,10 +171,12 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
         directory.write_json("manifest.json", description)
 
 
-def _tensors(data: Mapping[str, SiteData]) -> dict[str, NDArray[np.generic]]:
-    return {
-        f"{name}/{part}/{kind}": getattr(getattr(site, part), kind).numpy()
-        for name, site in data.items()
-        for part in ("train", "test")
-        for kind in ("inputs", "targets")
-    }
+def _data_digest(data: Mapping[str, SiteData]) -> str:
+    """Return the SHA-256 of all clients' records, client by client: at no time are all their tensors there."""
+    state = hashlib.sha256()
+    for name in sorted(data):
+        site = data[name]
+        parts = {"train": site.train, "test": site.test}
+        tensors = {f"{part}/{kind}": getattr(of, kind).numpy() for part, of in parts.items() for kind in _KINDS}
+        state.update(f"{len(name)}:{name}{digest(tensors)}".encode())
+    return state.hexdigest()

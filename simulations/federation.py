@@ -5,7 +5,7 @@ A worker process puts together the same one from the same recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,17 +89,7 @@ def virtual_federation(
     training = replace(training, kernel=kernel)
     if plan.mechanisms:
         refuse_mixing(model.module, like.inputs)
-    sites = {
-        name: Site(
-            name=name,
-            data=site,
-            key=key.child("site", name),
-            plan=plan.mechanisms.get(name),
-            evaluation=plan.evaluation,
-            local=plan.local,
-        )
-        for name, site in data.items()
-    }
+    sites = _Sites(data, plan, key)
     # A trusted server may weigh its clients by their counts; nobody else learns them.
     gate = Gate(
         layout=model.layout,
@@ -126,6 +116,29 @@ def virtual_federation(
         compression=gate.compression,
         notes=(*notes, *remarks_on(experiment, strategy)),
     )
+
+
+class _Sites(Mapping[str, Site]):
+    """The owners of the virtual clients' records, each made when it is asked for: most are in no cohort."""
+
+    def __init__(self, data: Mapping[str, SiteData], plan: Plan, key: Key) -> None:
+        self._data, self._plan, self._key = data, plan, key
+
+    def __getitem__(self, name: str) -> Site:
+        return Site(
+            name=name,
+            data=self._data[name],
+            key=self._key.child("site", name),
+            plan=self._plan.mechanisms.get(name),
+            evaluation=self._plan.evaluation,
+            local=self._plan.local,
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
 
 
 def remarks_on(experiment: Experiment, strategy: object) -> tuple[str, ...]:

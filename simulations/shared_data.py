@@ -1,12 +1,17 @@
-"""All clients' records in four tensors of shared memory, which every worker process maps instead of copying."""
+"""All clients' records in four tensors of shared memory, which every worker process maps instead of copying.
+
+A client's own tensors are views that are made when they are asked for: kept for each of many clients, they would take
+more memory than small records do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..tasks.task import Examples, SiteData
@@ -33,12 +38,50 @@ class SharedData:
             test_sizes=tuple(len(site.test) for site in data.values()),
         )
 
-    def sites(self) -> dict[str, SiteData]:
+    def sites(self) -> Mapping[str, SiteData]:
         """Return each client's records as views of the shared tensors."""
-        trains, tests = _apart(self.train, self.train_sizes), _apart(self.test, self.test_sizes)
-        return {
-            name: SiteData(train=train, test=test) for name, train, test in zip(self.names, trains, tests, strict=True)
-        }
+        return _Views(self)
+
+
+class Population(Mapping[str, SiteData]):
+    """The records of all virtual clients, by name: as their task made them, until they are shared."""
+
+    def __init__(self, data: Mapping[str, SiteData]) -> None:
+        self._data = data
+
+    def __getitem__(self, name: str) -> SiteData:
+        return self._data[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def share(self) -> SharedData:
+        """Copy the records into shared memory, and let go of what the task made."""
+        shared = SharedData.of(self._data)
+        self._data = shared.sites()
+        return shared
+
+
+class _Views(Mapping[str, SiteData]):
+    def __init__(self, whole: SharedData) -> None:
+        self._whole = whole
+        self._places = {name: place for place, name in enumerate(whole.names)}
+        self._trains, self._tests = _ends(whole.train_sizes), _ends(whole.test_sizes)
+
+    def __getitem__(self, name: str) -> SiteData:
+        place = self._places[name]
+        return SiteData(
+            train=_between(self._whole.train, self._trains, place), test=_between(self._whole.test, self._tests, place)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _together(parts: Sequence[Examples]) -> Examples:
@@ -50,9 +93,11 @@ def _together(parts: Sequence[Examples]) -> Examples:
     return Examples(shared([part.inputs for part in parts]), shared([part.targets for part in parts]))
 
 
-def _apart(whole: Examples, sizes: Sequence[int]) -> list[Examples]:
-    starts = [0, *accumulate(sizes)]
-    return [
-        Examples(whole.inputs[start : start + size], whole.targets[start : start + size])
-        for start, size in zip(starts, sizes, strict=False)
-    ]
+def _ends(sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Return where each client's records begin, and at last where they end."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def _between(whole: Examples, ends: NDArray[np.int64], place: int) -> Examples:
+    part = slice(int(ends[place]), int(ends[place + 1]))
+    return Examples(whole.inputs[part], whole.targets[part])

@@ -85,7 +85,8 @@ def virtual_federation(
     training = replace(training, precision=experiment.simulation.precision)
     like = next(iter(data.values())).train
     wanted, private = experiment.simulation.kernel, bool(plan.mechanisms)
-    kernel = choose_kernel(wanted, model, task.loss, like, training, rule, private=private)
+    place = experiment.place("simulation", "kernel")
+    kernel = choose_kernel(wanted, model, task.loss, like, training, rule, private=private, place=place)
     training = replace(training, kernel=kernel)
     if plan.mechanisms:
         refuse_mixing(model.module, like.inputs)

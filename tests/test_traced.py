@@ -270,6 +270,25 @@ def test_the_choice_is_the_same_for_a_client_with_few_records():
     assert {chosen(*(MODELS["batch norm"][0], vectors(n))) for n in (1, 3, 10, 50)} == {"traced"}
 
 
+def test_a_batch_size_beyond_all_records_is_not_tried_out_as_such(monkeypatch):
+    sizes = []
+    original = traced.prepare
+    monkeypatch.setattr(
+        traced,
+        "prepare",
+        lambda model, loss, training, batch: sizes.append(len(batch)) or original(model, loss, training, batch),
+    )
+    make, data = MODELS["logistic"]
+    training = LocalTraining(batch_size=10**9, learning_rate=0.05)
+    ours, theirs = (resident(make, training=training) for _ in range(2))
+    assert kernel.choose_kernel("auto", ours, loss, data(), training, PLAIN, private=False) == "traced"
+    traced.train(ours, loss, data(), training, plan=None, key=KEY)
+    sequential.train(theirs, loss, data(), training, plan=None, key=KEY)
+    assert sizes == [32, 57]
+    for mine, reference in zip(ours.parameters, theirs.parameters, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
+
+
 def test_a_run_names_its_kernel_and_both_end_in_nearly_the_same_model(tiny, tmp_path):
     ends = {}
     for name in ("auto", "traced", "sequential"):

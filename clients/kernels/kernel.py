@@ -15,6 +15,8 @@ from ..training import Kernel, LocalTraining
 from . import sequential, traced
 from .recording import NotRecordable
 
+# The largest batch on which a model is tried out: whoever asks for full batches may ask for millions.
+_TRIED = 32
 # By the name that a LocalTraining gives; each is called as `sequential.train` says.
 KERNELS = {"sequential": sequential.train, "traced": traced.train}
 
@@ -28,18 +30,19 @@ def choose_kernel(
     rule: LocalRule,
     *,
     private: bool,
+    place: str = "",
 ) -> Kernel:
     """Return the kernel that trains a model on examples like these: a fixed rule, the same in every process.
 
-    "auto" is the traced one wherever it can train, on a processor. `private` says that there is record-level privacy.
-    Raises InputError where the traced one is asked for and cannot train.
+    "auto" is the traced one wherever it can train, on a processor. `private` says that there is record-level privacy,
+    `place` where the kernel was asked for. Raises InputError where the traced one is asked for and cannot train.
     """
     if wanted == "sequential":
         return "sequential"
     reason = _unfit(training, rule, private=private)
     if reason is None and len(like):
-        # Of the size that is asked for, so that a client with few records chooses as all others do.
-        records = torch.arange(training.batch_size) % len(like)
+        # Of a size that does not follow from the records, so that a client with few chooses as all others do.
+        records = torch.arange(min(training.batch_size, _TRIED)) % len(like)
         try:
             batch = Examples(like.inputs[records], like.targets[records])
             traced.prepare(model, loss, training, batch)
@@ -48,7 +51,9 @@ def choose_kernel(
         else:
             return "traced" if wanted == "traced" or model.device.type == "cpu" else "sequential"
     if wanted == "traced" and reason:
-        raise InputError("experiment-conflict", f'simulation.kernel = "traced": {reason}; use "auto" or "sequential"')
+        raise InputError(
+            "experiment-conflict", f'simulation.kernel = "traced": {reason}; use "auto" or "sequential"{place}'
+        )
     return "sequential"
 
 

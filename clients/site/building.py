@@ -148,6 +148,7 @@ def _task(
         training,
         rule,
         private="dp-sgd" in updates,
+        place=experiment.place("simulation", "kernel"),
     )
     training = replace(training, kernel=kernel)
     tables = experiment.model_dump(mode="json", include={"task", "strategy", "compression"})

@@ -13,6 +13,7 @@ import hmac
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -46,8 +47,8 @@ class Key:
 
     def child(self, *path: str | int) -> Key:
         """Return the key for a purpose, such as `key.child("noise", round, client)`."""
-        message = b"".join(_prefixed(part) for part in path)
-        return Key(hmac.new(self.secret, message, hashlib.sha256).digest())
+        message = b"".join(map(_prefixed, path))
+        return Key(hmac.digest(self.secret, message, "sha256"))
 
     def stream(self) -> Stream:
         """Return the stream of this key, from its beginning."""
@@ -58,6 +59,8 @@ class Key:
         return int.from_bytes(self.child("integer").secret[:8], "big") >> (64 - bits)
 
 
+# Most parts are purposes and rounds, which come again for each client.
+@lru_cache(maxsize=256, typed=True)
 def _prefixed(part: str | int) -> bytes:
     kind = b"i" if isinstance(part, int) else b"s"
     raw = str(part).encode()
@@ -163,6 +166,23 @@ class Stream:
     def permutation(self, count: int) -> NDArray[np.int64]:
         """Return a uniform permutation of range(count) (two of 64-bit sort keys are equal with negligible chance)."""
         return np.argsort(self.words(count), kind="stable").astype(np.int64, copy=False)
+
+    def sample(self, population: int, count: int) -> NDArray[np.int64]:
+        """Return `count` distinct integers of range(population), all of them at most; every set is equally likely.
+
+        The first distinct ones of a sequence of uniform draws: its cost is that of the sample, not of the population.
+        """
+        count = min(count, population)
+        limit = 2**64 - 2**64 % population
+        found: NDArray[np.int64] = np.empty(0, np.int64)
+        while len(found) < count:
+            words = self.words(2 * (count - len(found)) + 16)
+            if limit < 2**64:
+                words = words[words < np.uint64(limit)]
+            drawn = np.concatenate([found, (words % np.uint64(population)).astype(np.int64)])
+            _, firsts = np.unique(drawn, return_index=True)
+            found = drawn[np.sort(firsts)][:count]
+        return found
 
     def below(self, bound: int) -> int:
         """Return one uniform integer in [0, bound), exactly, by rejection."""

@@ -105,6 +105,18 @@ class Ring:
                 total[start : start + size] += _scratch.integers(block, scale, small=small)
                 start += size
 
+    def integers(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the integers of weighted rows [n, size]; those of a row outside the bound, or NaN, mean nothing."""
+        products = rows * (weights / self.step)[:, None]
+        with np.errstate(invalid="ignore"):
+            return products.astype(np.int64)
+
+    def holds(self, rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Return which rows [n, size] lie within the bound."""
+        # NaN fails these comparisons too.
+        low, high = rows.min(axis=1, initial=0.0), rows.max(axis=1, initial=0.0)
+        return (high <= self.bound) & (low >= -self.bound)  # type: ignore[no-any-return]
+
     def decode(self, total: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the float64 values of integers."""
         return total.astype(np.float64) * self.step
@@ -130,6 +142,28 @@ class ExactSum:
         self.ring.add_to(self.total, pieces, weight)
         self.weight += weight
         self.count += 1
+
+    def add_rows(self, rows: NDArray[np.floating[Any]], weights: Sequence[int]) -> list[RunError | None]:
+        """Add vectors, the rows [n, size], each as `add` would; return for each what refused it, or None.
+
+        Meant for short ones: the integers of all of them are there at once.
+        """
+        fits = min(weights, default=0) >= 0 and self.weight + sum(weights) <= self.ring.capacity
+        if rows.shape[1] > _BLOCK or not fits:
+            return [self._refusal(row, weight) for row, weight in zip(rows, weights, strict=True)]
+        holds = self.ring.holds(rows)
+        factors = np.array(weights, np.int64) * holds
+        self.total += self.ring.integers(np.where(holds[:, None], rows, 0.0), factors).sum(axis=0)
+        self.weight += int(factors.sum())
+        self.count += int(holds.sum())
+        return [None if held else self._refusal(row, 1) for held, row in zip(holds, rows, strict=True)]
+
+    def _refusal(self, row: NDArray[Any], weight: int) -> RunError | None:
+        try:
+            self.add(row, weight=weight)
+        except RunError as error:
+            return error
+        return None
 
     def merge(self, other: ExactSum) -> None:
         """Add another sum on the same ring."""

@@ -80,3 +80,33 @@ def test_importing_bract_turns_flowers_calls_home_off():
     env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert out.stdout.split() == ["0", "1"]
+
+
+def told(sent: Message) -> dict[str, object]:
+    """Return all that a message says of itself, but when it was made and how long it keeps."""
+    known = {name.lstrip("_"): value for name, value in vars(sent.metadata).items()}
+    return {name: value for name, value in known.items() if name not in ("created_at", "ttl", "message_id")}
+
+
+def test_many_instructions_are_as_flower_makes_each():
+    content = message().content
+    sent = flower.instructions(content, [12, 13, 14], "train")
+    assert flower.instructions(content, [], "train") == []
+    for node, each in zip((12, 13, 14), sent, strict=True):
+        assert told(each) == told(Message(content, node, "train"))
+        assert each.content is content and each.has_content() and not each.has_error()
+    flower.set_message_id(sent[1], "b")
+    assert (sent[0].metadata.message_id, sent[1].metadata.message_id) == ("", "b")
+
+
+def test_a_reply_is_as_flower_makes_it():
+    sent, content = message(), RecordDict({"metrics": MetricRecord({"loss": 1.5})})
+    flower.set_message_id(sent, "abc")
+    assert told(flower.reply(sent, content)) == told(Message(content, reply_to=sent))
+    assert flower.reply(sent, content).content == content
+
+
+def test_a_record_of_numbers_is_as_flower_makes_it():
+    numbers = {"num-examples": 3, "loss": 0.5, "counts": [1, 2]}
+    assert flower.numbers_record(numbers) == RecordDict({"metrics": MetricRecord(numbers)})
+    assert flower.numbers_record({}) == RecordDict({"metrics": MetricRecord({})})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
-from bract.core.keys import Key
+from bract.core.keys import Key, Stream
 
 KEY = Key.from_seed(1)
 
@@ -191,3 +193,24 @@ def test_single_normals_do_not_depend_on_threads_or_other_streams() -> None:
     for first in range(4):
         for second in range(first):
             assert abs(np.corrcoef(expected[first], expected[second])[0, 1]) < 4.5 / math.sqrt(50_000)
+
+
+@pytest.mark.parametrize(("population", "count"), [(5, 2), (5, 5), (3, 9), (1, 1), (4, 0)])
+def test_a_sample_is_of_distinct_members_and_each_set_is_as_likely(population: int, count: int) -> None:
+    stream = Key.from_seed(population).stream()
+    wanted, drawn = min(population, count), 2000
+    found = Counter(tuple(sorted(stream.sample(population, count).tolist())) for _ in range(drawn))
+    every = list(itertools.combinations(range(population), wanted))
+    assert set(found) == set(every)
+    # Five standard deviations.
+    expected = drawn / len(every)
+    assert all(abs(each - expected) <= 5 * math.sqrt(expected) for each in found.values()) or len(every) == 1
+
+
+def test_a_small_sample_of_a_large_population_costs_by_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    words = Stream.words
+    monkeypatch.setattr(Stream, "words", lambda self, count: asked.append(count) or words(self, count))
+    found = KEY.stream().sample(10**15, 1000)
+    assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < 10**15
+    assert sum(asked) < 3000

@@ -87,3 +87,34 @@ def test_values_become_the_whole_numbers_of_exact_arithmetic(mantissas, exponent
     values = [Fraction(mantissa) * Fraction(2) ** exponent for mantissa in mantissas]
     found = ring.encode(np.array([float(value) for value in values], np.float32), weight)
     assert found.tolist() == [math.trunc(value * weight / Fraction(ring.step)) for value in values]
+
+
+@given(
+    st.lists(st.lists(st.floats(-150, 150, width=32) | st.just(math.nan), min_size=3, max_size=3), max_size=9),
+    st.data(),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_rows_add_as_one_by_one(rows, data, kind):
+    """Also what is refused: numbers out of range, weights that are none, and more than there is room for."""
+    weights = [data.draw(st.integers(-1, 30)) for _ in rows]
+    ring = Ring(bound=100, capacity=100)
+    alone, together = ExactSum.zero(ring, 3), ExactSum.zero(ring, 3)
+    expected = []
+    for row, weight in zip(rows, weights, strict=True):
+        try:
+            expected.append(alone.add(np.array(row, kind), weight=weight))
+        except RunError as error:
+            expected.append(error.sentence)
+    found = together.add_rows(np.array(rows, kind).reshape(-1, 3), weights)
+    assert [each and each.sentence for each in found] == expected
+    np.testing.assert_array_equal(together.total, alone.total)
+    assert (together.weight, together.count) == (alone.weight, alone.count)
+
+
+def test_long_rows_add_as_one_by_one():
+    ring, rows = Ring(capacity=9), np.random.default_rng(1).normal(size=(3, 20_000))
+    alone, together = ExactSum.zero(ring, 20_000), ExactSum.zero(ring, 20_000)
+    for row in rows:
+        alone.add(row, weight=3)
+    assert together.add_rows(rows, [3, 3, 3]) == [None] * 3
+    np.testing.assert_array_equal(together.total, alone.total)

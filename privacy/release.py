@@ -55,21 +55,27 @@ def histogram(
     A record counts in at most one cell. A probability that is not a number counts as the lowest score (as wrong with
     more than two classes); a target that is no class counts nowhere.
     """
+    found = cells(probabilities, targets, plan)
+    return np.bincount(found[found >= 0], minlength=math.prod(plan.shape)).reshape(plan.shape)
+
+
+def cells(
+    probabilities: Tensor | NDArray[np.floating[Any]], targets: Tensor | NDArray[np.integer[Any]], plan: EvaluationPlan
+) -> NDArray[np.int64]:
+    """Return in which cell of a flat histogram each record counts, [n]; -1 is none."""
     scores: NDArray[np.float64] = _array(probabilities).astype(np.float64)
     labels: NDArray[np.int64] = _array(targets).astype(np.int64)
-    counts = np.zeros(plan.shape, dtype=np.int64)
     if len(labels) == 0:
-        return counts
-    known = np.isin(labels, np.arange(plan.classes))
-    scores, labels = scores[known], labels[known]
+        return labels
     if plan.classes == 2:
         # A comparison with NaN is false, which makes it the lowest quarter.
         column = (scores[:, 1, None] >= np.array(EDGES)).sum(axis=1)
     else:
         right = np.isfinite(scores).all(axis=1) & (scores.argmax(axis=1) == labels)
         column = np.where(right, 0, 1)
-    np.add.at(counts, (labels, column), 1)
-    return counts
+    known = (labels >= 0) & (labels < plan.classes)
+    found: NDArray[np.int64] = np.where(known, labels * plan.shape[1] + column, -1)
+    return found
 
 
 def release(counts: NDArray[np.int64], plan: EvaluationPlan, stream: Stream) -> NDArray[np.int64]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from ..core.errors import RunError
 from ..core.parameters import Layout, arrays_of
 from ..core.ring import ExactSum, Ring
-from .fold import only, weight_of
+from .fold import Numbers, only, weight_of
 
 # The norm, the factor and the products are float64: none of their roundings may make a vector longer than the bound.
 _MARGIN = 1e-9
@@ -55,21 +57,38 @@ class ClippedSum:
 
     def add(self, total: ExactSum, content: RecordDict) -> None:
         """Add one reply; raises RunError `reply-invalid`, or `value-out-of-range` if it is not finite."""
-        delta = self.layout.flatten(arrays_of(only(content, ArrayRecord)))
-        delta -= self.model
-        # A count of batches moves far further than C, and would leave nothing of the rest.
-        delta[self.layout.whole] = 0.0
-        norm = float(np.linalg.norm(delta))
-        within = norm <= self.clipping_norm
-        if not within and math.isfinite(norm):
-            delta *= self.clipping_norm / norm
-        # A NaN or an infinity is refused here, and the sum stays as it was.
-        delta *= (1 - _MARGIN) * self._share(content)
-        total.add(delta)
-        if isinstance(total, ClippedTotal):
-            total.votes += 0 if norm == 0 else 1 if within else -1
+        arrays = arrays_of(only(content, ArrayRecord))
+        numbers = {} if self.weighted_by is None else only(content, MetricRecord)
+        self.add_pieces(total, self.layout.pieces(arrays), numbers)
 
-    def _share(self, content: RecordDict) -> float:
+    def add_pieces(self, total: ExactSum, pieces: Sequence[NDArray[Any]], numbers: Numbers) -> None:
+        """Add one model; raises RunError as `add` does."""
+        (refused,) = self.add_rows(total, np.concatenate(pieces, dtype=np.float64)[None], [numbers])
+        if refused:
+            raise refused
+
+    def add_rows(
+        self, total: ExactSum, rows: NDArray[np.floating[Any]], numbers: Sequence[Numbers]
+    ) -> list[RunError | None]:
+        """Add models, the rows [n, size]; return for each what refused it, or None."""
+        shares = np.array([self._share(each) for each in numbers])
+        deltas = np.subtract(rows, self.model, dtype=np.float64)
+        # A count of batches moves far further than C, and would leave nothing of the rest.
+        deltas[:, self.layout.whole] = 0.0
+        norms = np.sqrt(np.einsum("ij,ij->i", deltas, deltas))
+        within = norms <= self.clipping_norm
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factors = np.where(within | ~np.isfinite(norms), 1.0, self.clipping_norm / norms)
+        with np.errstate(invalid="ignore"):
+            deltas *= (factors * ((1 - _MARGIN) * shares))[:, None]
+        # A NaN or an infinity is refused here, and the sum stays as it was.
+        refused = total.add_rows(deltas, [1] * len(deltas))
+        if isinstance(total, ClippedTotal):
+            votes = np.where(norms == 0, 0, np.where(within, 1, -1))
+            total.votes += int(votes[[each is None for each in refused]].sum())
+        return refused
+
+    def _share(self, numbers: Numbers) -> float:
         if self.weighted_by is None or self.cap is None:
             return 1.0
-        return min(1.0, weight_of(content, self.weighted_by) / self.cap)
+        return min(1.0, weight_of(numbers, self.weighted_by) / self.cap)

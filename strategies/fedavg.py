@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from ..core import flower
 from ..core.errors import BractError
 from ..core.parameters import Layout, arrays_of, record_of
 from ..core.ring import Ring
@@ -48,7 +49,7 @@ class FedAvg(Strategy):
         self._layout, self._cohort = Layout.of(arrays_of(arrays)), len(nodes)
         config["server-round"] = server_round
         content = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content, node, "train") for node in nodes]
+        return flower.instructions(content, nodes, "train")
 
     @property
     def layout(self) -> Layout:
@@ -93,7 +94,7 @@ class FedAvg(Strategy):
         """Send the model to every client that the grid shows."""
         config["server-round"] = server_round
         content = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content, node, "evaluate") for node in grid.get_node_ids()]
+        return flower.instructions(content, grid.get_node_ids(), "evaluate")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics' mean, weighted by the counts of examples where clients give them."""

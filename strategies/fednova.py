@@ -73,7 +73,8 @@ class NormalizedSum:
             raise RunError("reply-invalid", f"the number {STEPS_KEY!r} must lie between 1 and {MOST_STEPS:g}")
         model = self.layout.flatten(arrays_of(only(content, ArrayRecord)))
         model = np.where(statistics_of(self.layout), model, model / steps)
-        total.add(model, np.array([1 / steps, steps]), weight=weight_of(content, self.weighted_by))
+        weight = 1 if self.weighted_by is None else weight_of(only(content, MetricRecord), self.weighted_by)
+        total.add(model, np.array([1 / steps, steps]), weight=weight)
 
 
 class FedNova(FedAvg):

@@ -116,6 +116,12 @@ class LocalRule:
     conflict: Callable[[TrainTable], tuple[str, str] | None] = _no_conflict
     in_messages: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a client trains as without any rule: it corrects, keeps and sends nothing."""
+        named = self.sends or self.receives or self.keeps or self.reports
+        return self.session is Untouched and self.adopt is _keep_received and not named
+
     def __post_init__(self) -> None:
         for name in (*self.sends, *self.receives, *self.keeps, *self.reports):
             if name in _TAKEN:

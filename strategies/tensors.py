@@ -44,6 +44,13 @@ def arrays_like(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]
     }
 
 
+def flat(tensor: Tensor) -> NDArray[np.generic]:
+    """Return a tensor as a flat array in the order of its dimensions: its own memory where that is on the processor."""
+    detached = tensor.detach()
+    array: NDArray[np.generic] = (detached.float() if tensor.dtype == torch.bfloat16 else detached).cpu().numpy()
+    return array.reshape(-1)
+
+
 @torch.no_grad()
 def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into tensors, in place."""

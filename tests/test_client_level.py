@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,29 @@ def test_no_update_moves_the_sum_by_more_than_the_clipping_norm(values, clipping
     limit = clipping_norm / fold.ring.step
     assert math.isqrt(sum(value * value for value in moved)) <= limit
     assert abs(with_it.votes - without.votes) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(WORST) | st.floats(-3, 3), min_size=SIZE, max_size=SIZE), min_size=1, max_size=4),
+    st.lists(st.integers(0, 9), min_size=4, max_size=4),
+)
+def test_rows_are_clipped_and_counted_as_replies_are(vectors, counts):
+    fold = replace(fold_of(aggregation()), weighted_by="num-examples", cap=5)
+    rows = np.array(vectors, np.float32)
+    numbers = [{"num-examples": count} for count, _ in zip(counts, rows, strict=False)]
+    together, alone, expected = fold.start(), fold.start(), []
+    found = fold.add_rows(together, rows, numbers)
+    for row, known in zip(rows, numbers, strict=True):
+        content = reply(row)
+        content["metrics"] = MetricRecord(known)
+        try:
+            expected.append(fold.add(alone, content))
+        except RunError as error:
+            expected.append(error.sentence)
+    assert [each and each.sentence for each in found] == expected
+    assert (together.total == alone.total).all()
+    assert (together.count, together.weight, together.votes) == (alone.count, alone.weight, alone.votes)
 
 
 def test_an_update_within_the_norm_is_not_changed_and_zero_is_fine():

@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import FedProx as FlowerFedProx
 from torch import nn
 
 import bract
-from bract.clients.app import Site, client_app
+from bract.clients.app import client_app
 from bract.clients.gate import Gate
 from bract.clients.kernels import sequential
 from bract.clients.local_model import LocalModel
+from bract.clients.owner import Site
 from bract.clients.training import LocalTraining
 from bract.core import flower
 from bract.core.errors import InputError, RunError
@@ -98,7 +99,7 @@ def test_with_a_cohort_the_servers_state_is_the_mean_over_all_clients(strategy, 
     kept = [state[record]["w"] for state in found.states.values()]
     assert 2 < len(kept) <= 5
     np.testing.assert_allclose(strategy.state_dict()[server], np.sum(kept, axis=0) / 5, atol=1e-5)
-    longer = train(task, type(strategy)(), **keys, rounds=150)
+    longer = train(task, type(strategy)(), **keys, rounds=300)
     assert longer.w == pytest.approx(task.optimum, abs=0.02)
 
 

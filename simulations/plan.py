@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..experiment import Experiment
 from ..tasks.partition import partition
+from ..tasks.pool import Pool
 from ..tasks.task import SiteData, Task
 
 
-def load_clients(experiment: Experiment, task: Task) -> dict[str, SiteData]:
-    """Return the data of every virtual client, by name; raises InputError."""
+def load_clients(experiment: Experiment, task: Task) -> Mapping[str, SiteData]:
+    """Return the data of every virtual client, by name, in a pool where all are of one shape; raises InputError."""
     data = experiment.task.own.get("data")
     path = None if data is None else (experiment.folder or Path()) / str(data)
     clients = partition(
@@ -23,4 +25,7 @@ def load_clients(experiment: Experiment, task: Task) -> dict[str, SiteData]:
     per_round = experiment.clients.per_round
     if per_round is not None and per_round > len(clients):
         raise experiment.conflict("clients", "per_round", why=f"there are only {len(clients)} clients")
-    return clients
+    try:
+        return Pool.of(clients)
+    except ValueError:
+        return clients

@@ -9,10 +9,10 @@ from typing import Any
 from ..core.keys import Key
 from ..experiment import Experiment
 from ..server.plan import Plan
+from ..tasks.pool import Pool
 from ..tasks.registry import find_task
 from ..tasks.task import Task
 from .federation import Federation, flower_federation, virtual_federation
-from .shared_data import SharedData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Recipe:
 
     tables: dict[str, Any]
     folder: Path | None
-    data: SharedData | None
+    data: Pool | None
     plan: Plan
     key: Key
 
@@ -35,4 +35,4 @@ class Recipe:
         experiment = Experiment.of(self.tables, folder=self.folder)
         if self.data is None:
             return flower_federation(experiment)
-        return virtual_federation(experiment, task or find_task(experiment), self.data.sites(), self.plan, key=self.key)
+        return virtual_federation(experiment, task or find_task(experiment), self.data, self.plan, key=self.key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 
 from ..core.errors import InputError
 from ..core.keys import Key
+from .pool import Pool, counts_of, ends_of
 from .tables import nearest
 from .task import Examples, SiteData
 
@@ -48,7 +50,7 @@ def partition(
     count: int | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-) -> dict[str, SiteData]:
+) -> Mapping[str, SiteData]:
     """Return the clients that `clients.partitioner` makes of the pooled records; "natural" leaves them as they are.
 
     A record stays a training or a test record, and goes to exactly one client (to none only where the options say
@@ -59,7 +61,7 @@ def partition(
     if _plain(partitioner) == NATURAL:
         if options:
             raise _unknown_option(next(iter(options)), partitioner, [])
-        return _checked(dict(sites), "task.data")
+        return _checked(sites, "task.data")
     train = [site.train for site in sites.values()]
     test = [site.test for site in sites.values()]
     pool = Examples(
@@ -68,13 +70,15 @@ def partition(
     holders = [name for parts in (train, test) for name, part in zip(sites, parts, strict=True) for _ in part.targets]
     border = sum(map(len, train))
     groups = _groups(pool.targets.tolist(), holders, partitioner, count, seed, options)
-    clients = {
-        name: SiteData(
-            train=pool.select([index for index in group if index < border]),
-            test=pool.select([index for index in group if index >= border]),
-        )
-        for name, group in zip(client_names(len(groups)), groups, strict=True)
-    }
+    trains = [[index for index in group if index < border] for group in groups]
+    tests = [[index for index in group if index >= border] for group in groups]
+    clients = Pool(
+        names=tuple(client_names(len(groups))),
+        train=pool.select(list(itertools.chain.from_iterable(trains))),
+        test=pool.select(list(itertools.chain.from_iterable(tests))),
+        train_ends=ends_of(list(map(len, trains))),
+        test_ends=ends_of(list(map(len, tests))),
+    )
     return _checked(clients, "clients.partitioner")
 
 
@@ -195,9 +199,9 @@ def _plain(partitioner: str) -> str:
     return partitioner.strip().lower().replace("_", "-")
 
 
-def _checked(clients: dict[str, SiteData], key: str) -> dict[str, SiteData]:
-    for name, site in clients.items():
-        if not len(site.train):
+def _checked(clients: Mapping[str, SiteData], key: str) -> Mapping[str, SiteData]:
+    for name, records in counts_of(clients)[0].items():
+        if not records:
             raise InputError(
                 "data-empty",
                 f'{key}: client "{name}" has no record to train on; use fewer clients or another partitioner',

@@ -9,6 +9,7 @@ from SplitMix64 (Steele, Lea and Flood 2014) at counters, so no record's draw mo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,9 +23,10 @@ from ..core.keys import Key
 from .classification import Classification
 from .models import check_model, logistic, mlp
 from .partition import client_names
+from .pool import Pool, ends_of
 from .task import Examples, SiteData, check_folds, is_test
 
-BLOCK = 1 << 22  # numbers drawn at once, to bound memory
+BLOCK = 1 << 19  # numbers drawn at once, to bound memory
 BOUND = 3.0
 SHARPNESS = 4.0
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -74,18 +76,13 @@ class Synthetic(Classification):
         """Return the model that `train.model` names."""
         return (logistic if self._model == "logistic" else mlp)(self._features, self.outputs)
 
-    def partitions(self, source: Path | None) -> dict[str, SiteData]:
+    def partitions(self, source: Path | None) -> Mapping[str, SiteData]:
         """Return the clients "client-0001" and so on; `source` must be None, since nothing is read."""
         if source is not None:
             raise InputError(
                 "experiment-value", f'task.data = "{source}": a synthetic task reads no file; drop this key'
             )
-        each = self._records * self._features + self._features * len(self.classes)
-        size = max(1, BLOCK // each)
-        sites: dict[str, SiteData] = {}
-        for start in range(0, len(self._names), size):
-            sites |= self._sites(range(start, min(start + size, len(self._names))))
-        return sites
+        return self._pool(range(len(self._names)))
 
     def site(self, path: Path) -> SiteData:
         """Return the records of the client that the last part of `path` names; no file is read."""
@@ -95,21 +92,37 @@ class Synthetic(Classification):
                 f'--data = "{path}": a synthetic task reads no file; '
                 f"name a client, {self._names[0]} to {self._names[-1]}",
             )
-        return self._sites(range(number := self._names.index(path.name), number + 1))[path.name]
+        return self._pool(range(number := self._names.index(path.name), number + 1))[path.name]
 
-    def _sites(self, clients: range) -> dict[str, SiteData]:
-        inputs, targets = self._draw(clients)
-        sites = {}
-        for position, number in enumerate(clients):
-            # The number and not the name: a name's padding depends on how many clients there are.
-            test = np.array(
-                [is_test(f"{number}/{index}", fold=self._fold, folds=self._folds) for index in range(self._records)]
-            )
-            sites[self._names[number]] = SiteData(
-                train=_examples(inputs[position][~test], targets[position][~test]),
-                test=_examples(inputs[position][test], targets[position][test]),
-            )
-        return sites
+    def _pool(self, clients: range) -> Pool:
+        # The number and not the name: a name's padding depends on how many clients there are.
+        records = range(self._records)
+        test = np.array(
+            [
+                [is_test(f"{number}/{index}", fold=self._fold, folds=self._folds) for index in records]
+                for number in clients
+            ]
+        )
+        parts = {}
+        for name, mask in (("train", ~test), ("test", test)):
+            inputs = np.empty((int(mask.sum()), self._features), np.float32)
+            parts[name] = inputs, np.empty(len(inputs), np.int64), mask, ends_of(mask.sum(axis=1))
+        each = self._records * self._features + self._features * len(self.classes)
+        size = max(1, BLOCK // each)
+        for start in range(0, len(clients), size):
+            stop = min(start + size, len(clients))
+            drawn, labels = self._draw(clients[start:stop])
+            for inputs, targets, mask, ends in parts.values():
+                inputs[ends[start] : ends[stop]] = drawn[mask[start:stop]]
+                targets[ends[start] : ends[stop]] = labels[mask[start:stop]]
+        train, test_part = parts["train"], parts["test"]
+        return Pool(
+            names=tuple(self._names[clients.start : clients.stop]),
+            train=_examples(*train[:2]),
+            test=_examples(*test_part[:2]),
+            train_ends=train[3],
+            test_ends=test_part[3],
+        )
 
     def _draw(self, clients: range) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         numbers = np.arange(clients.start, clients.stop, dtype=np.uint64)[:, None]

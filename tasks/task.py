@@ -7,7 +7,7 @@ vocabulary or a shuffled split taken from the data, one record would move the ot
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -73,8 +73,11 @@ class Task(Protocol):
         """Return a new model; its initial weights are drawn from torch's global generator (see `initial_model`)."""
         ...
 
-    def partitions(self, source: Path | None) -> dict[str, SiteData]:
-        """Return the natural clients of a simulation, by name, in order; `source` is `task.data`."""
+    def partitions(self, source: Path | None) -> Mapping[str, SiteData]:
+        """Return the natural clients of a simulation, by name, in order; `source` is `task.data`.
+
+        For very many clients a `tasks.pool.Pool` takes far less memory than a dict.
+        """
         ...
 
     def site(self, path: Path) -> SiteData:

@@ -7,7 +7,7 @@ declared number. A pad is a record of zeros with the target PAD, whose loss is z
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ class Padded:
         """Return the task's new model."""
         return self.task.model()
 
-    def partitions(self, source: Path | None) -> dict[str, SiteData]:
+    def partitions(self, source: Path | None) -> Mapping[str, SiteData]:
         """Return the task's virtual clients."""
         return self.task.partitions(source)
 

@@ -170,7 +170,7 @@ class ProbedTask:
         """Return the task's model."""
         return self._task.model()
 
-    def partitions(self, source: Path | None) -> dict[str, SiteData]:
+    def partitions(self, source: Path | None) -> Mapping[str, SiteData]:
         """Return the task's partitions."""
         return self._task.partitions(source)
 

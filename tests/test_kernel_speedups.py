@@ -10,9 +10,10 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import nn
 
-from bract.clients.kernels.memory_format import prefers_channels_last
+from bract.clients.kernels.memory_format import in_order, memory_format
+from bract.clients.local_model import LocalModel
 from bract.clients.sgd import SGD
-from bract.clients.training import reproducible
+from bract.clients.training import LocalTraining, reproducible
 from bract.core.parameters import arrays_of, record_of
 
 
@@ -50,13 +51,41 @@ class Viewed(nn.Module):
         return self.out(self.conv(inputs).view(len(inputs), -1))
 
 
+def order_of(module, images):
+    return memory_format(LocalModel(module, LocalTraining()), images)
+
+
 def test_channels_last_is_taken_where_the_module_takes_it():
     images = torch.zeros(4, 3, 8, 8)
     flattened = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
-    assert prefers_channels_last(flattened, images) and flattened.training
-    assert not prefers_channels_last(Viewed(), images)
-    assert not prefers_channels_last(nn.Linear(8, 2), images)
-    assert not prefers_channels_last(flattened, images[0])
+    assert order_of(flattened, images) is torch.channels_last and flattened.training
+    assert order_of(Viewed(), images) is torch.contiguous_format
+    assert order_of(nn.Linear(8, 2), images) is torch.contiguous_format
+    assert order_of(nn.Sequential(nn.Conv2d(3, 4, 3)), images[0]) is torch.contiguous_format
+
+
+@pytest.mark.parametrize("images", [torch.rand(4, 3, 8, 8), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)])
+def test_all_layers_see_images_channels_last(images):
+    """Also images of one channel, and bytes; weights travel as before."""
+
+    class Floats(nn.Module):
+        def forward(self, inputs):
+            return inputs.float() / 255
+
+    module = nn.Sequential(Floats(), nn.Conv2d(images.shape[1], 5, 3), nn.MaxPool2d(2, 1), nn.Conv2d(5, 6, 2))
+    model = LocalModel(module, LocalTraining())
+    before, seen = model.shared_arrays(), []
+    for layer in module[1:]:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.stride(1)))
+    module(images)
+    assert 1 not in seen
+    seen.clear()
+    order = memory_format(model, images)
+    seen.clear()
+    module(in_order(images, order))
+    assert seen == [1, 1, 1]
+    for name, array in model.shared_arrays().items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 def test_a_record_holds_what_flower_s_own_would_send():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import RunError
@@ -15,7 +17,7 @@ from ...strategies.local_rule import LocalSession
 from ...tasks.task import Examples
 from ..local_model import LocalModel
 from ..training import LocalTraining, Optimizer
-from .memory_format import prefers_channels_last
+from .memory_format import in_order, memory_format
 
 
 def train(
@@ -41,19 +43,19 @@ def train(
         seed_generators(model.device, key.child("dropout").integer())
         if plan is None:
             optimizer = training.make_optimizer(model.parameters)
-            order = memory_format(model, examples)
-            for batch in shuffled_batches(len(examples), training, key.child("batches")):
+            order = memory_format(model, examples.inputs)
+            for batch in shuffled_batches(len(examples), training, key):
                 inputs, targets = on_device(examples, batch, model.device)
-                take_step(model, loss, training, optimizer, inputs.contiguous(memory_format=order), targets, correct)
+                take_step(model, loss, training, optimizer, in_order(inputs, order), targets, correct)
         else:
             from .dp_engines import private_steps
 
             like, noise = examples.inputs[:2], key.child("noise").stream()
             with private_steps(model, like, training, plan, noise, correct, hide) as private:
-                order = memory_format(model, examples) if private.any_order else torch.contiguous_format
+                order = memory_format(model, examples.inputs) if private.any_order else torch.contiguous_format
                 for batch in poisson_batches(plan, key.child("batches").stream()):
                     inputs, targets = on_device(examples, batch, model.device)
-                    private.step(inputs.contiguous(memory_format=order), targets, loss)
+                    private.step(in_order(inputs, order), targets, loss)
 
 
 @torch.no_grad()
@@ -123,7 +125,12 @@ def shuffled_batches(records: int, training: LocalTraining, key: Key) -> Iterato
 def shuffled(records: int, training: LocalTraining, key: Key) -> Iterator[Tensor]:
     """Yield a new order of the records for each of `training.epochs` passes over them."""
     for epoch in range(training.epochs):
-        yield torch.from_numpy(key.child(epoch).stream().permutation(records))
+        yield torch.from_numpy(order_of(records, key, epoch))
+
+
+def order_of(records: int, key: Key, epoch: int) -> NDArray[np.int64]:
+    """Return the order in which an epoch goes through the records; `key` is the client's of the round."""
+    return key.child("batches", epoch).stream().permutation(records)
 
 
 def take_step(
@@ -169,13 +176,3 @@ def on_device(examples: Examples, batch: Tensor, device: torch.device) -> tuple[
     """Return the inputs and the targets of some examples."""
     # Twice as quick as indexing.
     return examples.inputs.index_select(0, batch).to(device), examples.targets.index_select(0, batch).to(device)
-
-
-def memory_format(model: LocalModel, examples: Examples) -> torch.memory_format:
-    """Return the order of numbers in which the module takes its inputs, found out once."""
-    if model.channels_last is None:
-        model.channels_last = prefers_channels_last(model.module, examples.inputs[:2].to(model.device))
-        if model.channels_last:
-            # Else each convolution puts its weights into that order anew.
-            model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return torch.channels_last if model.channels_last else torch.contiguous_format

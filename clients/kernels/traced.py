@@ -20,6 +20,7 @@ from ...tasks.task import Examples
 from ..local_model import LocalModel
 from ..training import LocalTraining
 from . import sequential
+from .memory_format import in_order, memory_format
 from .program import Program
 from .recording import NotRecordable, record
 
@@ -46,10 +47,10 @@ def train(
         return
     programs = _programs(model, loss, training, examples)
     with _draws(model, key.child("dropout"), programs):
-        order = sequential.memory_format(model, examples)
-        for records in _stretches(len(examples), training, key.child("batches")):
+        order = memory_format(model, examples.inputs)
+        for records in _stretches(len(examples), training, key):
             inputs, targets = sequential.on_device(examples, records, model.device)
-            inputs, size = inputs.contiguous(memory_format=order), min(training.batch_size, len(inputs))
+            inputs, size = in_order(inputs, order), min(training.batch_size, len(inputs))
             _train_on(model, loss, training, inputs.split(size), targets.split(size), programs[size])
 
 
@@ -124,7 +125,7 @@ def prepare(model: LocalModel, loss: Loss, training: LocalTraining, batch: Examp
     Raises NotRecordable.
     """
     inputs, targets = batch.inputs.to(model.device), batch.targets.to(model.device)
-    inputs = inputs.contiguous(memory_format=sequential.memory_format(model, batch))
+    inputs = in_order(inputs, memory_format(model, inputs))
     parameters, devices = model.parameters, [model.device] if model.device.type == "cuda" else []
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

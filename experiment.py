@@ -131,7 +131,7 @@ class SimulationTable(_Table):
     workers: Count | Literal["auto"] = "auto"
     executor: Literal["auto", "inline", "processes", "ray"] = "auto"
     ray_address: str | None = None
-    kernel: Literal["auto", "sequential", "traced"] = "auto"
+    kernel: Literal["auto", "sequential", "traced", "stacked"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     speed_spread: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     curves: bool = True

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bract
+import bract.simulations.run  # else its imports would count as the population's memory
 from bract.experiment import Experiment
 from bract.server.events import Event, RoundFinished, RoundStarted
 

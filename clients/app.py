@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,40 +12,21 @@ from numpy.typing import NDArray
 
 from ..core.errors import RunError
 from ..core.keys import Key
-from ..core.parameters import Arrays, digest, record_of
-from ..privacy.dpsgd.passes import Hide
+from ..core.parameters import Arrays, record_of
 from ..privacy.local import LocalPlan
-from ..privacy.mechanism import RecordLevelPlan
-from ..privacy.release import EvaluationPlan, histogram, release
+from ..privacy.release import histogram, release
 from ..strategies.codec import Encoded
 from ..strategies.compression import MEMORY
 from ..strategies.local_rule import LocalRound, LocalSession, Sent
-from ..tasks.task import SiteData, Task
+from ..tasks.task import Task
 from .gate import Gate, kept_of
 from .kernels import sequential
 from .kernels.kernel import KERNELS
 from .local_model import LocalModel
+from .owner import Site
 from .training import LocalTraining
 
 PERSONAL = "personal"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One data owner: its records, its secret key, and the mechanisms that cover what it releases.
-
-    `plan` noises each of its steps, `local` its whole update; `evaluation` is None where no metrics may leave. Whether
-    code raises may follow from one record: with `hide`, which is told, such a record counts as zero under a plan, and
-    as the lowest score where metrics are noised.
-    """
-
-    name: str
-    data: SiteData
-    key: Key
-    plan: RecordLevelPlan | None
-    evaluation: EvaluationPlan | None
-    local: LocalPlan | None = None
-    hide: Hide | None = None
 
 
 def client_app(
@@ -54,9 +34,7 @@ def client_app(
 ) -> ClientApp:
     """Return the app that serves these sites with one resident model; `node_config["name"]` says which.
 
-    Training follows the gate's rule. A site's randomness is keyed by the round, and under privacy also by all that
-    the round starts from (the model, what came beside it, what the client kept): the same round from elsewhere draws
-    other batches and other noise, a repeated round from the same place the same ones.
+    Training follows the gate's rule. All of a site's randomness comes from the message's key (`Site.message_key`).
     """
     app = ClientApp()
     rule, by_kernel = gate.rule, KERNELS[training.kernel]
@@ -66,7 +44,7 @@ def client_app(
         site = sites[str(context.node_config["name"])]
         shared, received = gate.admit(message), gate.admit_beside(message)
         kept = kept_of(context.state, (PERSONAL, *rule.keeps))
-        key = _message_key(site, message, "train", {"shared": shared, **received}, kept)
+        key = site.message_key("train", _config(message), {"shared": shared, **received}, kept)
         state = {name: kept[name] for name in rule.keeps if name in kept}
         records = site.data.train
         model.load(shared, kept.get(PERSONAL))
@@ -125,26 +103,14 @@ def client_app(
             model, task.probabilities, site.data.test.inputs, classes=site.evaluation.classes, hide=hide
         )
         counts = histogram(probabilities, site.data.test.targets, site.evaluation)
-        key = _message_key(site, message, "evaluate", {"shared": shared}, kept)
+        key = site.message_key("evaluate", _config(message), {"shared": shared}, kept)
         return gate.release_histogram(message, release(counts, site.evaluation, key.stream()))
 
     return app
 
 
-def _message_key(
-    site: Site, message: Message, purpose: str, received: Mapping[str, Arrays], kept: Mapping[str, Arrays]
-) -> Key:
-    config: Any = message.content["config"]
-    key = site.key.child(purpose, int(config["server-round"]))
-    if site.plan is None and site.local is None:
-        return key
-    # The same noise over two models' gradients would reveal their difference, and the server's word that a model is
-    # the same is not enough.
-    key = key.child(str(config.get("model-version", "")))
-    for origin, records in (("received", received), ("kept", kept)):
-        for name in sorted(records):
-            key = key.child(origin, name, digest(records[name]))
-    return key
+def _config(message: Message) -> Mapping[str, Any]:
+    return message.content["config"]
 
 
 def _noised(plan: LocalPlan, gate: Gate, received: Arrays, update: Arrays, key: Key) -> dict[str, NDArray[np.generic]]:

@@ -56,8 +56,12 @@ class Gate:
 
     def admit(self, message: Message) -> dict[str, NDArray[np.generic]]:
         """Return the arrays of a message; raises RunError unless they are finite and fit the model."""
-        arrays = arrays_of(message.content["arrays"])  # type: ignore[arg-type]
-        self._check(arrays)
+        return self.admit_arrays(message.content)
+
+    def admit_arrays(self, content: RecordDict) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays of a message's content; raises RunError unless they are finite and fit the model."""
+        arrays = arrays_of(content["arrays"])  # type: ignore[arg-type]
+        self.check(arrays)
         return arrays
 
     def admit_beside(self, message: Message) -> dict[str, Arrays]:
@@ -68,7 +72,7 @@ class Gate:
             if not isinstance(record, ArrayRecord):
                 raise RunError("reply-invalid", f"the message holds no record {name!r}, which the strategy sends")
             received[name] = arrays_of(record)
-            self._check(received[name])
+            self.check(received[name])
         return received
 
     def release_update(
@@ -88,7 +92,7 @@ class Gate:
         if (encoded is None) != (self.compression is None):
             raise RunError("reply-invalid", "the update is compressed, and was not asked to be, or the other way round")
         sent = sent or Sent()
-        self._check(arrays)
+        self.check(arrays)
         for kind, found, named in (
             ("record", sent.arrays, self.rule.sends),
             ("number", sent.numbers, self.rule.reports),
@@ -96,7 +100,7 @@ class Gate:
             for name in sorted(set(found) ^ set(named)):
                 raise RunError("reply-invalid", f"the {kind} {name!r} is missing or was not declared by the strategy")
         for beside in sent.arrays.values():
-            self._check(beside)
+            self.check(beside)
         for name, value in sent.numbers.items():
             if not math.isfinite(value):
                 raise RunError("value-out-of-range", f"the number {name!r} is not finite")
@@ -124,7 +128,8 @@ class Gate:
                 raise RunError("value-out-of-range", f"the number {name!r} is not finite")
         return Message(RecordDict({"metrics": MetricRecord({COUNT_KEY: records, **numbers})}), reply_to=message)
 
-    def _check(self, arrays: Arrays) -> None:
+    def check(self, arrays: Arrays) -> None:
+        """Raise RunError unless arrays are finite and fit the model."""
         self.layout.check(arrays)
         for name, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.parameters import Arrays, Layout
-from ..strategies.tensors import arrays_like
+from ..strategies.tensors import arrays_like, flat
 from ..tasks.task import Task, initial_model
 from .training import LocalTraining
 
 if TYPE_CHECKING:
     from .kernels.program import Program
+    from .kernels.stacked import Stack
 
 
 class LocalModel:
@@ -67,6 +68,8 @@ class LocalModel:
         self.bookkeeping: bool | None = None
         # Made by the traced kernel at the first training with batches of a form; None where there cannot be one.
         self.programs: dict[tuple[object, ...], Program | None] = {}
+        # Likewise by the stacked kernel.
+        self.stacks: dict[tuple[object, ...], Stack | None] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -91,6 +94,10 @@ class LocalModel:
     def shared_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return copies of the tensors that travel."""
         return arrays_like(self.shared)
+
+    def shared_pieces(self) -> list[NDArray[np.generic]]:
+        """Return the tensors that travel as flat arrays in the layout's order: on the processor, the live ones."""
+        return [flat(self.shared[name]) for name in self.layout.names]
 
     def beside(self, arrays: Arrays) -> dict[str, NDArray[np.generic]]:
         """Return arrays laid out like what travels: those given, zeros for the rest."""

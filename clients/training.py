@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..experiment import TrainTable
 
 
-Kernel = Literal["sequential", "traced"]
+Kernel = Literal["sequential", "traced", "stacked"]
 
 
 class Optimizer(Protocol):

@@ -34,7 +34,7 @@ class CohortSampler:
             return [population[int(index)] for index in np.sort(order[first : first + self.per_round])]
         stream = self.key.child("cohort", round).stream()
         if self.sampling == "fixed":
-            chosen = np.sort(stream.permutation(len(population))[: self.per_round])
+            chosen = np.sort(stream.sample(len(population), self.per_round))
         else:
             chosen = np.flatnonzero(stream.bernoulli(len(population), self.per_round / len(population)))
         return [population[int(index)] for index in chosen]

@@ -64,8 +64,13 @@ class CohortGrid(RoundGrid):
         return exchange
 
     def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        content, size = None, 0
         for message in messages:
-            self.bytes_down += size_of(message.content)
+            # Most messages of a round share one.
+            if message.content is not content:
+                content = message.content
+                size = size_of(content)
+            self.bytes_down += size
             yield message
 
     def _refuse_uncharged(self, messages: Sequence[Message], strategy: str) -> None:

@@ -63,13 +63,14 @@ class Exchange(Iterator[Message]):
         reply = arrival.reply
         if arrival.total is not None and self.total is not None:
             self.total.merge(arrival.total)
-        size = size_of(reply.content) if reply.has_content() else 0
         if arrival.folded_bytes is not None:
             size = arrival.folded_bytes
         elif self._fold is not None and self.total is not None:
             reply, size = fold_in(self._fold, self.total, arrival.instruction, reply)
-        elif self.compression is not None:
-            reply = decoded(self.compression, arrival.instruction, reply)
+        else:
+            size = size_of(reply.content) if reply.has_content() else 0
+            if self.compression is not None:
+                reply = decoded(self.compression, arrival.instruction, reply)
         if reply.has_content():
             self._good += 1
             self.bytes_up += size

@@ -126,7 +126,12 @@ def record_level_plans(
         return mechanisms
     emit(Phase(name=CALIBRATION, total=len(records)))
     classes_of_size = size_classes(records.values(), train.batch_size)
+    of_size: dict[int, RecordLevelPlan] = {}
     for name, count in records.items():
+        if count in of_size:
+            mechanisms[name] = of_size[count]
+            emit(PhaseAdvanced(name=CALIBRATION))
+            continue
         fixed: dict[str, Any] = {
             "records": count,
             "batch_size": train.batch_size,
@@ -142,6 +147,7 @@ def record_level_plans(
             mechanisms[name] = RecordLevelPlan.calibrate(epsilon=table.epsilon, **fixed)
         else:
             mechanisms[name] = RecordLevelPlan(noise_multiplier=table.noise_multiplier or 0.0, **fixed)
+        of_size[count] = mechanisms[name]
         emit(PhaseAdvanced(name=CALIBRATION))
     return mechanisms
 

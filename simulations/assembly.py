@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from ..clients.training import LocalTraining
 from ..core.keys import Key
 from ..core.parameters import digest
@@ -18,15 +20,17 @@ from ..server.manifest import SiteRecords, manifest, origin_of, refuse_changed
 from ..server.plan import Plan, make_plan, refuse_too_few_clients
 from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
+from ..tasks.pool import Pool, counts_of
 from ..tasks.task import SiteData, Task
 from .executors.executor import Executor, InlineExecutor, Watch
+from .executors.inline import InlineWorker
+from .executors.orders import Dealing
 from .executors.ray_cluster import RayCluster, find_ray
 from .executors.workers import WorkerPool
 from .federation import Federation, flower_federation, travelling_size, virtual_federation
 from .grid import VirtualGrid
 from .plan import load_clients
 from .recipe import Recipe
-from .shared_data import Population
 from .sizing import worker_count
 from .virtual_clock import VirtualClock
 
@@ -67,10 +71,10 @@ def assemble(
     client takes. Raises InputError.
     """
     free = None if existing else RunDirectory.free(out, experiment.experiment.name)
-    data = Population(load_clients(experiment, task) if task else {})
+    data = load_clients(experiment, task) if task else {}
     secret = existing.key() if existing else Key.fresh()
     key = secret if experiment.privacy.randomness == "secret" else Key.from_seed(experiment.experiment.seed)
-    counts = {name: len(site.train) for name, site in data.items()}
+    counts, _ = counts_of(data)
     plan = make_plan(
         experiment,
         counts or dict.fromkeys(client_names(experiment.clients.count or 1), 0),
@@ -85,9 +89,13 @@ def assemble(
     refuse_too_few_clients(experiment, strategy, len(federation.names))
     engine = _dp_engine(experiment, data, plan, federation)
     where = experiment.simulation.executor
-    if given and where in ("processes", "ray"):
-        why = "a task or strategy that is an object of this program trains in it; name it in the file by its path"
-        raise experiment.conflict("simulation", "executor", why=why)
+    if where in ("processes", "ray"):
+        if given:
+            why = "a task or strategy that is an object of this program trains in it; name it in the file by its path"
+            raise experiment.conflict("simulation", "executor", why=why)
+        if task and not isinstance(data, Pool):
+            why = "the clients' records are not all of one shape and type, which sharing them takes; use inline"
+            raise experiment.conflict("simulation", "executor", why=why)
     if where == "ray":
         find_ray()
     # Made last: what was refused until here leaves no folder behind.
@@ -100,15 +108,22 @@ def assemble(
         device=federation.device,
     )
     executor: Executor
-    if where in ("processes", "ray") or (where == "auto" and workers > 1 and not given):
-        shared = data.share() if task else None
+    records = np.array(list(counts.values())) if task else None
+    dealing = Dealing(width=federation.group.width if federation.group is not None else 1, records=records)
+    spreads = workers > 1 and not given and (task is None or isinstance(data, Pool))
+    if where in ("processes", "ray") or (where == "auto" and spreads):
+        shared = data.share() if isinstance(data, Pool) else None
         recipe = Recipe(tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key)
         if where == "ray":
             wanted, address = experiment.simulation.workers, experiment.simulation.ray_address
             count = None if wanted == "auto" else wanted
-            executor = RayCluster(recipe, count, address=address, log=directory.log_client, watch=watch)
+            executor = RayCluster(
+                recipe, count, address=address, dealing=dealing, log=directory.log_client, watch=watch
+            )
         else:
-            executor = WorkerPool(recipe, workers, log=directory.log_client, watch=watch)
+            executor = WorkerPool(recipe, workers, dealing=dealing, log=directory.log_client, watch=watch)
+    elif federation.group is not None:
+        executor = InlineWorker(federation, federation.group, log=directory.log_client, watch=watch)
     else:
         executor = InlineExecutor(federation.app, log=directory.log_client, isolate=task is None, watch=watch)
     assembly = Assembly(
@@ -146,6 +161,8 @@ def _dp_engine(experiment: Experiment, data: Mapping[str, SiteData], plan: Plan,
 def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
     """Write what the run is made of; a resumed run must be made of the same."""
     directory, experiment, federation = assembly.directory, assembly.experiment, assembly.federation
+    # Under client-level privacy nothing that is passed on names a client, or tells how many records it has.
+    trains, tests = counts_of({} if experiment.privacy.unit == "client" else assembly.data)
     description = manifest(
         experiment,
         kernel=federation.kernel,
@@ -153,11 +170,7 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
         parameters=federation.size,
         clients=len(federation.names),
         classes=assembly.task.classes if assembly.task else (),
-        # Under client-level privacy nothing that is passed on names a client, or tells how many records it has.
-        sites={
-            name: SiteRecords(train=len(site.train), test=len(site.test))
-            for name, site in ({} if experiment.privacy.unit == "client" else assembly.data).items()
-        },
+        sites={name: SiteRecords(train=train, test=tests[name]) for name, train in trains.items()},
         mechanisms=assembly.plan.mechanisms,
         dp_engine=engine,
         precision=experiment.simulation.precision,
@@ -172,8 +185,16 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
 
 
 def _data_digest(data: Mapping[str, SiteData]) -> str:
-    """Return the SHA-256 of all clients' records, client by client: at no time are all their tensors there."""
+    """Return the SHA-256 of all clients' records."""
     state = hashlib.sha256()
+    if isinstance(data, Pool):
+        parts = {"train": data.train, "test": data.test}
+        whole = {f"{part}/{kind}": getattr(of, kind).numpy() for part, of in parts.items() for kind in _KINDS}
+        ends = {"train/ends": data.train_ends, "test/ends": data.test_ends}
+        state.update(digest(whole | ends).encode())
+        for name in data:
+            state.update(f"{len(name)}:{name}".encode())
+        return state.hexdigest()
     for name in sorted(data):
         site = data[name]
         parts = {"train": site.train, "test": site.test}

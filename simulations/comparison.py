@@ -25,6 +25,7 @@ from ..server.events import Listener, Phase, PhaseAdvanced
 from ..server.plan import make_plan
 from ..server.progress import Progress, Rules
 from ..server.rounds import RoundLoop
+from ..tasks.pool import Pool, counts_of
 from ..tasks.task import Examples, SiteData, Task
 from .executors.executor import InlineExecutor
 from .federation import Federation, virtual_federation
@@ -114,6 +115,8 @@ def compare(
 
 def pooled(data: Mapping[str, SiteData]) -> Examples:
     """Return all sites' test records as one."""
+    if isinstance(data, Pool):
+        return data.test
     tests = [site.test for site in data.values()]
     return Examples(torch.cat([test.inputs for test in tests]), torch.cat([test.targets for test in tests]))
 
@@ -126,7 +129,7 @@ def _trained(
     key: Key,
 ) -> tuple[Federation, Arrays]:
     """Train without privacy for as many rounds, all clients in each, and return federation and model."""
-    planned = make_plan(experiment, {name: len(site.train) for name, site in data.items()}, len(task.classes), _silent)
+    planned = make_plan(experiment, counts_of(data)[0], len(task.classes), _silent)
     strategy = make_strategy()
     federation = virtual_federation(experiment, task, data, planned, key=key, strategy=strategy)
     executor = InlineExecutor(federation.app, log=_silent)

@@ -13,10 +13,12 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
-from ..clients.app import Site, client_app
+from ..clients.app import client_app
 from ..clients.gate import Gate
-from ..clients.kernels.kernel import choose_kernel
+from ..clients.group import ClientGroup
+from ..clients.kernels.kernel import Together, choose_kernel
 from ..clients.local_model import LocalModel, build_module
+from ..clients.owner import Site
 from ..clients.parts import flower_app, local_model, local_rule, strategy_of, withholds_counts
 from ..clients.training import choose_device
 from ..core.keys import Key
@@ -30,6 +32,7 @@ from ..server.trained_model import load_tensors_into, make_module
 from ..strategies.compression import Compression
 from ..strategies.local_rule import PLAIN
 from ..tasks.partition import client_names
+from ..tasks.pool import longest_of
 from ..tasks.task import SiteData, Task
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -39,11 +42,13 @@ Arrays = dict[str, NDArray[np.generic]]
 class Federation:
     """What a round loop runs on.
 
+    `group` answers for many clients at once, where it can.
     `module` puts shared tensors into the resident module. `kernel` is what trains it, "app" the clients' own app.
     `evaluation` is None where the clients' own app evaluates, or nobody does.
     """
 
     app: ClientApp
+    group: ClientGroup | None = None
     names: tuple[str, ...]
     initial: Arrays
     module: Callable[[Arrays], nn.Module]
@@ -86,17 +91,35 @@ def virtual_federation(
     like = next(iter(data.values())).train
     wanted, private = experiment.simulation.kernel, bool(plan.mechanisms)
     place = experiment.place("simulation", "kernel")
-    kernel = choose_kernel(wanted, model, task.loss, like, training, rule, private=private, place=place)
+    compression = Compression.of(experiment.compression)
+    # Else a client keeps or sends something of its own, for which it takes its message and its context.
+    plain = rule.is_plain and not model.personal and compression is None and plan.local is None
+    if wanted == "stacked" and not plain:
+        why = "each client keeps or sends something of its own, which a stack does not"
+        raise experiment.conflict("simulation", "kernel", why=why)
+    longest = longest_of(data)
+    together = Together(cohort=min(experiment.clients.per_round or len(data), len(data)), longest=longest)
+    kernel = choose_kernel(
+        wanted,
+        model,
+        task.loss,
+        like,
+        training,
+        rule,
+        private=private,
+        together=together if plain else None,
+        place=place,
+    )
     training = replace(training, kernel=kernel)
     if plan.mechanisms:
         refuse_mixing(model.module, like.inputs)
-    sites = _Sites(data, plan, key)
+    owners = _Owners(data, plan, key)
     # A trusted server may weigh its clients by their counts; nobody else learns them.
     gate = Gate(
         layout=model.layout,
         withhold_counts=withholds_counts(experiment),
         rule=rule,
-        compression=Compression.of(experiment.compression),
+        compression=compression,
     )
 
     def loaded(arrays: Arrays) -> nn.Module:
@@ -104,8 +127,9 @@ def virtual_federation(
         return model.module
 
     return Federation(
-        app=client_app(sites, task, training, model, gate),
-        names=tuple(sites),
+        app=client_app(owners, task, training, model, gate),
+        group=ClientGroup(owners, task, training, model, gate, longest=longest) if plain else None,
+        names=tuple(owners),
         initial=model.shared_arrays(),
         module=loaded,
         device=str(model.device),
@@ -119,27 +143,30 @@ def virtual_federation(
     )
 
 
-class _Sites(Mapping[str, Site]):
+class _Owners(Mapping[str, Site]):
     """The owners of the virtual clients' records, each made when it is asked for: most are in no cohort."""
 
     def __init__(self, data: Mapping[str, SiteData], plan: Plan, key: Key) -> None:
-        self._data, self._plan, self._key = data, plan, key
+        self.data, self.evaluation, self._plan, self._key = data, plan.evaluation, plan, key
+
+    def key_of(self, name: str) -> Key:
+        return self._key.child("site", name)
 
     def __getitem__(self, name: str) -> Site:
         return Site(
             name=name,
-            data=self._data[name],
-            key=self._key.child("site", name),
+            data=self.data[name],
+            key=self.key_of(name),
             plan=self._plan.mechanisms.get(name),
             evaluation=self._plan.evaluation,
             local=self._plan.local,
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
+        return iter(self.data)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.data)
 
 
 def remarks_on(experiment: Experiment, strategy: object) -> tuple[str, ...]:

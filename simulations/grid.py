@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 
 from ..core import flower
 from ..server.grid import Arrival, Exchange, RoundGrid
 from ..strategies.fold import Fold
+from .contexts import ClientContexts
 from .executors.executor import Call, Executor
 from .virtual_clock import VirtualClock
 
@@ -28,15 +29,12 @@ class VirtualGrid(RoundGrid):
         run_config: Mapping[str, bool | int | float | str] | None = None,
         clock: VirtualClock | None = None,
     ) -> None:
-        self.names = {flower.node_id(name): name for name in names}
+        self._contexts = ClientContexts(names, run_config)
+        self.names = self._contexts.names
         self.executor = executor
-        self._partitions = {node: index for index, node in enumerate(self.names)}
-        self._contexts: dict[int, Context] = {}
-        self._run_config = dict(run_config or {})
         self._clock = clock or VirtualClock()
         self._reopened = False
         self._sent = 0
-        self._before: dict[int, RecordDict] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids of all virtual clients."""
@@ -62,16 +60,11 @@ class VirtualGrid(RoundGrid):
 
     def client_states(self) -> dict[str, Any]:
         """Return the contexts' states of the clients that keep any, by name."""
-        return {
-            self.names[node]: flower.state_to_tree(context.state)
-            for node, context in self._contexts.items()
-            if context.state
-        }
+        return self._contexts.states()
 
     def load_client_states(self, states: Mapping[str, Any]) -> None:
         """Put the contexts' states back."""
-        for name, tree in states.items():
-            self._context(flower.node_id(name)).state = flower.tree_to_state(tree)
+        self._contexts.load(states.items())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clients' states, the virtual time and what is in flight."""
@@ -85,12 +78,11 @@ class VirtualGrid(RoundGrid):
 
     def remember(self) -> Callable[[], None]:
         """Return what puts clients' states, time and flights back to what they are now: for a round to be repeated."""
-        before = self._before = {}
+        before = self._contexts.remember()
         sent, put_clock_back = self._sent, self._clock.remember()
 
         def put_back() -> None:
-            for node, state in before.items():
-                self._contexts[node].state = state
+            self._contexts.restore(before)
             self._sent = sent
             put_clock_back()
 
@@ -129,19 +121,5 @@ class VirtualGrid(RoundGrid):
 
     def _call(self, message: Message) -> Call:
         node = message.metadata.dst_node_id
-        context = self._context(node)
-        if node not in self._before:
-            self._before[node] = flower.copy_records(context.state)
-        return Call(client=self.names[node], message=message, context=context)
-
-    def _context(self, node: int) -> Context:
-        if node not in self._contexts:
-            config: dict[str, bool | int | float | str] = {
-                "name": self.names[node],
-                "partition-id": self._partitions[node],
-                "num-partitions": len(self._partitions),
-            }
-            self._contexts[node] = Context(
-                run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=dict(self._run_config)
-            )
-        return self._contexts[node]
+        self._contexts.begin(node)
+        return Call(client=self.names[node], node=node, message=message, contexts=self._contexts)

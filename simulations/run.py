@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..clients.training import reproducible
 from ..core import flower
+from ..core.collector import sparing
 from ..core.errors import InputError
 from ..experiment import Experiment
 from ..privacy.guarantee import Guarantee
@@ -100,7 +101,7 @@ class Simulation:
             watch=self._profile.called if self._profile else None,
         )
         flower.identify_process(run_id=1)
-        with graceful_interrupt() as should_stop, closing(assembly.grid.executor):
+        with graceful_interrupt() as should_stop, closing(assembly.grid.executor), sparing():
             result, error = self._run.execute(
                 self._setting(assembly), resumed=existing is not None, should_stop=should_stop, started=started
             )

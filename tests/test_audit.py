@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from bract.cli.main import main
-from bract.clients import app as client_app
 from bract.clients import local_model
 from bract.clients.gate import Gate
 from bract.clients.kernels import dp_engines, sequential
+from bract.clients.owner import Site
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError
 from bract.core.keys import Key, Stream
@@ -225,10 +225,10 @@ def test_noise_that_skips_a_tensor_fails(small, monkeypatch):
 
 
 def test_noise_reused_between_rounds_fails(small, monkeypatch):
-    def forgets_the_round(site, message, purpose, received, kept):
+    def forgets_the_round(site, purpose, config, received, kept):
         return site.key.child(purpose)
 
-    monkeypatch.setattr(client_app, "_message_key", forgets_the_round)
+    monkeypatch.setattr(Site, "message_key", forgets_the_round)
     found = failing(small)
     # What is drawn again and again may also lie far from the planned deviation.
     assert {"fresh-noise", "sampling"} <= set(found) <= {"fresh-noise", "sampling", "noise"}
@@ -238,11 +238,10 @@ def test_noise_reused_between_rounds_fails(small, monkeypatch):
 
 @pytest.mark.soak
 def test_noise_reused_for_another_model_fails(small, monkeypatch):
-    def trusts_the_version(site, message, purpose, received, kept):
-        config = message.content["config"]
+    def trusts_the_version(site, purpose, config, received, kept):
         return site.key.child(purpose, int(config["server-round"]), str(config["model-version"]))
 
-    monkeypatch.setattr(client_app, "_message_key", trusts_the_version)
+    monkeypatch.setattr(Site, "message_key", trusts_the_version)
     found = failing(small)
     assert set(found) == {"fresh-noise"} and "two models in one round" in found["fresh-noise"]
 
@@ -262,12 +261,11 @@ def test_one_noise_stream_for_all_clients_and_rounds_fails(small, monkeypatch):
 
 @pytest.mark.soak
 def test_noise_shared_by_clients_alone_fails(small, monkeypatch):
-    def forgets_the_site(site, message, purpose, received, kept):
-        config = message.content["config"]
+    def forgets_the_site(site, purpose, config, received, kept):
         arrays = {name: array.tobytes().hex() for name, array in received["shared"].items()}
         return Key.from_seed(3).child(purpose, int(config["server-round"]), str(arrays))
 
-    monkeypatch.setattr(client_app, "_message_key", forgets_the_site)
+    monkeypatch.setattr(Site, "message_key", forgets_the_site)
     found = failing(small)
     assert set(found) == {"fresh-noise"} and "two clients" in found["fresh-noise"]
 

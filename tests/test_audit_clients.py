@@ -16,6 +16,7 @@ import pytest
 from bract.cli.main import main
 from bract.clients import app as client_app
 from bract.clients.gate import Gate
+from bract.clients.owner import Site
 from bract.clients.training import reproducible
 from bract.core.keys import Key
 from bract.core.parameters import arrays_of
@@ -392,7 +393,7 @@ def test_clients_that_send_what_they_trained_fail(tiny, monkeypatch):
 
 
 def test_noise_of_clients_reused_between_rounds_fails(tiny, monkeypatch):
-    monkeypatch.setattr(client_app, "_message_key", lambda site, message, *rest: site.key.child("train"))
+    monkeypatch.setattr(Site, "message_key", lambda site, *rest: site.key.child("train"))
     found = failing(tiny(**NOBODY), "fresh-noise")["fresh-noise"]
     assert "two rounds of client-" in found or "two models" in found
 

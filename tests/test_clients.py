@@ -68,7 +68,7 @@ def test_training_is_the_plain_loop(training, optimizer):
     other.load_state_dict(start)
     step = optimizer(other.parameters())
     data = examples()
-    for batch in sequential.shuffled_batches(50, training, KEY.child("batches")):
+    for batch in sequential.shuffled_batches(50, training, KEY):
         step.zero_grad()
         F.cross_entropy(other(data.inputs[batch]), data.targets[batch]).backward()
         step.step()
@@ -219,7 +219,8 @@ def test_a_site_draws_other_noise_for_another_model_and_the_same_for_the_same(ti
     """One round number with two models: their noise must not cancel in the difference."""
     from flwr.app import Context
 
-    from bract.clients.app import Site, client_app
+    from bract.clients.app import client_app
+    from bract.clients.owner import Site
     from bract.privacy.release import EvaluationPlan
     from bract.tasks.task import SiteData
 

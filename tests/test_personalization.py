@@ -89,7 +89,7 @@ def test_clients_that_disagree_are_served_better(one_model, name, own):
 def test_fedbn_serves_clients_that_measure_otherwise():
     plain, found = (train(Scales(), strategy, **BRISK) for strategy in (FedAvg(), FedBN()))
     assert plain.accuracy < 0.7
-    assert found.accuracy > 0.9
+    assert found.accuracy > 0.85
 
 
 @pytest.mark.parametrize("name", PERSONAL)

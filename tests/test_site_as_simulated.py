@@ -13,10 +13,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
-from bract.clients.app import Site as Owner
 from bract.clients.app import client_app
 from bract.clients.gate import Gate
 from bract.clients.local_model import build_module
+from bract.clients.owner import Site as Owner
 from bract.clients.parts import local_model, local_rule, strategy_of, withholds_counts
 from bract.clients.site.request import RunRequest
 from bract.clients.site.site import Site

@@ -167,7 +167,7 @@ def test_a_client_that_fails_on_its_way_leaves_nothing_to_the_next():
     model, other = (resident(make, training=training) for _ in range(2))
     start, bad = model.shared_arrays(), data()
     # One record of a batch in the middle is of a class that there is not.
-    bad.targets[torch.from_numpy(KEY.child("batches").child(0).stream().permutation(57))[25]] = 7
+    bad.targets[torch.from_numpy(KEY.child("batches", 0).stream().permutation(57))[25]] = 7
     with pytest.raises(IndexError):
         traced.train(model, loss, bad, training, plan=None, key=KEY)
     for each in (model, other):

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import bract
 from bract.core.errors import InputError
 from bract.experiment import Experiment
 from bract.server.events import ClientFailed, ClientReplied
+from bract.simulations.executors.orders import Dealing, Order
 from bract.simulations.sizing import cores, worker_count
 
 PRIVATE = {"privacy.unit": "record", "privacy.noise_multiplier": 4.0, "experiment.rounds": 2}
@@ -171,3 +173,30 @@ def test_the_rule_is_a_function_of_sizes_alone(tiny):
     assert count(clients=1000, records=60_000, parameters=1_600_000) == min(cores(), 1000)
     assert worker_count(tiny(), clients=1000, records=10**6, parameters=10**6, device="cuda") == 1
     assert worker_count(tiny(**{"simulation.workers": 5}), clients=2, records=2, parameters=1, device="cpu") == 5
+
+
+def _orders(count):
+    return [Order(number, 1, f"client-{number}", number, "train", number, {}) for number in range(count)]
+
+
+@pytest.mark.parametrize(("width", "workers"), [(1, 1), (1, 3), (4, 2)])
+def test_orders_are_dealt_longest_first_in_shares_of_the_work(width, workers):
+    records = np.random.default_rng(3).pareto(1.2, 200).astype(np.int64)
+    chunks = list(Dealing(width=width, records=records).chunks(_orders(200), workers))
+    dealt = [order.number for chunk in chunks for order in chunk]
+    assert sorted(dealt) == list(range(200))
+    assert [records[number] for number in dealt] == sorted(records, reverse=True)
+    assert all(len(chunk) % width == 0 for chunk in chunks[:-1])
+    work = [sum(records[order.number] + 1 for order in chunk) for chunk in chunks]
+    # One order may be longer than a share.
+    assert all(
+        each <= sum(work[place:]) / (2 * workers) + max(records[chunk[0].number] + 1, 1) * width
+        for place, (each, chunk) in enumerate(zip(work, chunks, strict=True))
+    )
+
+
+def test_without_lengths_orders_are_dealt_as_they_come():
+    chunks = list(Dealing().chunks(_orders(20), 2))
+    assert [order.number for chunk in chunks for order in chunk] == list(range(20))
+    assert [len(chunk) for chunk in chunks][:3] == [5, 3, 3]
+    assert list(Dealing().chunks([], 2)) == []

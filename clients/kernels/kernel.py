@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,13 +14,23 @@ from ...strategies.local_rule import LocalRule, Untouched
 from ...tasks.task import Examples
 from ..local_model import LocalModel
 from ..training import Kernel, LocalTraining
-from . import sequential, traced
+from . import sequential, stacked, traced
+from .memory_format import memory_format
 from .recording import NotRecordable
 
 # The largest batch on which a model is tried out: whoever asks for full batches may ask for millions.
 _TRIED = 32
 # By the name that a LocalTraining gives; each is called as `sequential.train` says.
-KERNELS = {"sequential": sequential.train, "traced": traced.train}
+# One client by itself is no stack.
+KERNELS = {"sequential": sequential.train, "traced": traced.train, "stacked": traced.train}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """Clients whom one process trains: so many a round, of whom nobody has more than `longest` records."""
+
+    cohort: int
+    longest: int
 
 
 def choose_kernel(
@@ -30,31 +42,47 @@ def choose_kernel(
     rule: LocalRule,
     *,
     private: bool,
+    together: Together | None = None,
     place: str = "",
 ) -> Kernel:
     """Return the kernel that trains a model on examples like these: a fixed rule, the same in every process.
 
-    "auto" is the traced one wherever it can train, on a processor. `private` says that there is record-level privacy,
-    `place` where the kernel was asked for. Raises InputError where the traced one is asked for and cannot train.
+    "auto" is on a processor the stacked one for small models in large cohorts, and else the traced one, wherever they
+    can train. `together` says of which clients a process trains many at once; one by itself never takes the stacked
+    one. `private` says that there is record-level privacy, `place` where the kernel was asked for. Raises
+    InputError where a kernel is asked for that cannot train.
     """
+    # Found out in every process before it evaluates or trains, so that all of them round alike.
+    memory_format(model, like.inputs)
     if wanted == "sequential":
         return "sequential"
     reason = _unfit(training, rule, private=private)
     if reason is None and len(like):
-        # Of a size that does not follow from the records, so that a client with few chooses as all others do.
-        records = torch.arange(min(training.batch_size, _TRIED)) % len(like)
-        try:
-            batch = Examples(like.inputs[records], like.targets[records])
-            traced.prepare(model, loss, training, batch)
-        except NotRecordable as error:
-            reason = str(error)
-        else:
-            return "traced" if wanted == "traced" or model.device.type == "cpu" else "sequential"
-    if wanted == "traced" and reason:
+        tries: list[tuple[Kernel, Callable[[], object]]] = []
+        if together is not None:
+            form = stacked.Form.of(model, training, like, together.longest)
+            if wanted == "stacked" or (wanted == "auto" and form.pays(model, together.cohort)):
+                tries.append(("stacked", lambda: stacked.prepare(model, loss, training, like, form)))
+        if wanted == "traced" or together is None or (wanted == "auto" and model.device.type == "cpu"):
+            tries.append(("traced", lambda: traced.prepare(model, loss, training, _batch(like, training))))
+        for kernel, prepare in tries:
+            try:
+                prepare()
+            except NotRecordable as error:
+                reason = str(error)
+            else:
+                return kernel if wanted == kernel or model.device.type == "cpu" else "sequential"
+    if reason and (wanted == "traced" or (wanted == "stacked" and together is not None)):
         raise InputError(
-            "experiment-conflict", f'simulation.kernel = "traced": {reason}; use "auto" or "sequential"{place}'
+            "experiment-conflict", f'simulation.kernel = "{wanted}": {reason}; use "auto" or "sequential"{place}'
         )
     return "sequential"
+
+
+def _batch(like: Examples, training: LocalTraining) -> Examples:
+    # Of a size that does not follow from the records, so that a client with few chooses as all others do.
+    records = torch.arange(min(training.batch_size, _TRIED)) % len(like)
+    return Examples(like.inputs[records], like.targets[records])
 
 
 def _unfit(training: LocalTraining, rule: LocalRule, *, private: bool) -> str | None:

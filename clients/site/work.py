@@ -22,11 +22,11 @@ from ...privacy.local import LocalPlan
 from ...strategies.compression import MEMORY, Compression
 from ...strategies.local_rule import LocalRule, Sent
 from ...tasks.task import SiteData, Task
-from ..app import Site as Owner
 from ..app import client_app
 from ..gate import Gate, kept_of
 from ..local_model import LocalModel
 from ..noised import noised_update
+from ..owner import Site as Owner
 from ..training import LocalTraining
 from .admission import Mechanisms
 from .incoming import ARRAYS

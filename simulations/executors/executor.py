@@ -20,15 +20,17 @@ from ...clients.gate import release_error
 from ...core import flower
 from ...server.grid import Arrival
 from ...strategies.fold import Fold
+from ..contexts import ClientContexts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One message for one client, whose context holds its state."""
+    """One message for one client, whose state `contexts` holds."""
 
     client: str
+    node: int
     message: Message
-    context: Context
+    contexts: ClientContexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,10 @@ class InlineExecutor:
         """Yield each reply whole: the exchange folds it."""
         for call in calls:
             began = time.perf_counter()
-            reply, trace = answer(self._app, call, isolate=self._isolate)
+            reply, trace = answer(
+                self._app, call.client, call.message, call.contexts.of(call.node), isolate=self._isolate
+            )
+            call.contexts.settle(call.node)
             if trace:
                 self._log(trace)
             if self._watch is not None:
@@ -85,14 +90,16 @@ class InlineExecutor:
         """Nothing was started."""
 
 
-def answer(app: ClientApp, call: Call, *, isolate: bool) -> tuple[Message, str | None]:
+def answer(
+    app: ClientApp, client: str, message: Message, context: Context, *, isolate: bool
+) -> tuple[Message, str | None]:
     """Return a client's reply, and the trace of what it raised, which stays on its side.
 
     `isolate` gives the client its own copy of the message's records, for an app that may change what it is sent.
     """
     if isolate:
-        call.message.content = flower.copy_records(call.message.content)
+        message.content = flower.copy_records(message.content)
     try:
-        return app(call.message, call.context), None
+        return app(message, context), None
     except Exception as error:  # whatever a client raises is that client's failure
-        return release_error(call.message, error), f"{call.client}: {''.join(traceback.format_exception(error))}"
+        return release_error(message, error), f"{client}: {''.join(traceback.format_exception(error))}"

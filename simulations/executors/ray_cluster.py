@@ -20,8 +20,8 @@ from ...server.grid import Arrival
 from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
 from .executor import Call, Watch
-from .orders import Chunk, Outcome, arrival_of, chunked, orders_of
-from .worker_process import Worker
+from .orders import Chunk, Dealing, Outcome, arrival_of, chunk_for, orders_of
+from .worker_process import worker_of
 
 
 class Actor:
@@ -32,7 +32,7 @@ class Actor:
         self._contexts = (reproducible(), flower.quiet())
         for context in self._contexts:
             context.__enter__()
-        self._worker = Worker.build(recipe, fetch=find_ray().get)
+        self._worker = worker_of(recipe, fetch=find_ray().get)
 
     def serve(self, chunk: Chunk) -> list[Outcome] | Total | None:
         """Return what a worker returns."""
@@ -51,12 +51,14 @@ class RayCluster:
         count: int | None,
         *,
         address: str | None,
+        dealing: Dealing,
         log: Callable[[str], None],
         watch: Watch | None = None,
     ) -> None:
         """Raises InputError if Ray is not installed."""
         self._ray = find_ray()
         self._recipe, self._count, self._address, self._log, self._watch = recipe, count, address, log, watch
+        self._dealing = dealing
         self._actors: list[Any] = []
         self._exchanges = self._contents = 0
         self._connected = False
@@ -90,8 +92,9 @@ class RayCluster:
         orders, found = orders_of(known, first=self._contents + 1)
         self._contents += len(found)
         self._exchanges += 1
+        about = chunk_for(known, self._exchanges, timed=self._watch is not None)
         stored = {number: self._ray.put(content) for number, content in found.items()}
-        chunks, outcomes = deque(chunked(orders, len(self._actors))), dict[int, Outcome]()
+        chunks, outcomes = deque(self._dealing.chunks(orders, len(self._actors))), dict[int, Outcome]()
         has = [set[int]() for _ in self._actors]
         began = [False] * len(self._actors)
         running: dict[Any, int] = {}
@@ -100,12 +103,7 @@ class RayCluster:
             part = chunks.popleft()
             needed = {order.content for order in part}
             contents = {number: stored[number] for number in needed - has[index]}
-            chunk = Chunk(
-                exchange=self._exchanges,
-                orders=part,
-                contents=contents,
-                fold=None if began[index] else fold,
-            )
+            chunk = about.holding(part, contents, None if began[index] else fold)
             running[self._actors[index].serve.remote(chunk)] = index
             has[index], began[index] = needed, True
 
@@ -115,7 +113,7 @@ class RayCluster:
         while running:
             (ready,), _ = self._ray.wait(list(running), num_returns=1)
             index = running.pop(ready)
-            outcomes.update((outcome.index, outcome) for outcome in self._ray.get(ready))
+            outcomes.update((outcome.number, outcome) for outcome in self._ray.get(ready))
             if chunks:
                 give(index)
             while upcoming < last and upcoming in outcomes:

@@ -22,7 +22,7 @@ from ...server.grid import Arrival
 from ...strategies.fold import Fold, Total
 from ..recipe import Recipe
 from .executor import Call, Watch
-from .orders import Chunk, Order, Orders, Outcome, arrival_of, chunked, orders_of
+from .orders import Chunk, Dealing, Order, Orders, Outcome, arrival_of, chunk_for, orders_of
 from .worker_process import work
 
 # A call that ends this many workers is taken for a failure of that client.
@@ -54,6 +54,7 @@ class _Exchange:
     """One batch of calls: what waits, what came back, and how often each call ended a worker."""
 
     number: int
+    about: Chunk
     fold: Fold | None
     contents: dict[int, bytes]
     chunks: deque[Orders]
@@ -65,8 +66,16 @@ class _Exchange:
 class WorkerPool:
     """An executor of so many worker processes, started at the first call."""
 
-    def __init__(self, recipe: Recipe, count: int, *, log: Callable[[str], None], watch: Watch | None = None) -> None:
-        self._recipe, self._count, self._log, self._watch = recipe, count, log, watch
+    def __init__(
+        self,
+        recipe: Recipe,
+        count: int,
+        *,
+        dealing: Dealing,
+        log: Callable[[str], None],
+        watch: Watch | None = None,
+    ) -> None:
+        self._recipe, self._count, self._dealing, self._log, self._watch = recipe, count, dealing, log, watch
         self._workers: list[_Worker] = []
         self._contents = 0
         self._exchanges = 0
@@ -107,15 +116,16 @@ class WorkerPool:
         self._workers = []
 
     def _open(self, calls: Sequence[Call], fold: Fold | None) -> _Exchange:
-        """Return the exchange: contents by number, pickled once each, and the calls in chunks of one size."""
+        """Return the exchange: contents by number, pickled once each, and the calls in chunks."""
         orders, found = orders_of(calls, first=self._contents + 1)
         self._contents += len(found)
         contents = {
             number: pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL) for number, content in found.items()
         }
-        chunks = deque(chunked(orders, self._count))
+        chunks = deque(self._dealing.chunks(orders, self._count))
         self._exchanges += 1
-        return _Exchange(number=self._exchanges, fold=fold, contents=contents, chunks=chunks)
+        about = chunk_for(calls, self._exchanges, timed=self._watch is not None)
+        return _Exchange(number=self._exchanges, about=about, fold=fold, contents=contents, chunks=chunks)
 
     def _finished(self, exchange: _Exchange) -> bool:
         """Return whether nothing waits, nobody is busy, and no total is still with its worker."""
@@ -141,11 +151,10 @@ class WorkerPool:
             return
         orders = exchange.chunks.popleft() if exchange.chunks else ()
         needed = {order.content for order in orders}
-        chunk = Chunk(
-            exchange=exchange.number,
-            orders=orders,
-            contents={number: exchange.contents[number] for number in needed - worker.contents},
-            fold=exchange.fold if worker.exchange != exchange.number else None,
+        chunk = exchange.about.holding(
+            orders,
+            {number: exchange.contents[number] for number in needed - worker.contents},
+            exchange.fold if worker.exchange != exchange.number else None,
         )
         sent = pickle.dumps(chunk, protocol=pickle.HIGHEST_PROTOCOL)
         if worker.asked and len(sent) > SENT_AHEAD:
@@ -187,7 +196,7 @@ class WorkerPool:
                 worker.kept = []
                 self._add(answer, exchange)
                 continue
-            exchange.outcomes.update((outcome.index, outcome) for outcome in answer)
+            exchange.outcomes.update((outcome.number, outcome) for outcome in answer)
             if exchange.fold is not None:
                 worker.kept.append(orders)
 
@@ -197,9 +206,9 @@ class WorkerPool:
 
     def _try_again(self, orders: Orders, exchange: _Exchange) -> None:
         for order in reversed(orders):
-            deaths = exchange.deaths[order.index] = exchange.deaths.get(order.index, 0) + (len(orders) == 1)
+            deaths = exchange.deaths[order.number] = exchange.deaths.get(order.number, 0) + (len(orders) == 1)
             if deaths >= MOST_DEATHS:
-                exchange.outcomes[order.index] = _lost(order)
+                exchange.outcomes[order.number] = _lost(order)
             else:
                 exchange.chunks.appendleft((order,))
 
@@ -245,4 +254,4 @@ def _nameless_main() -> Iterator[None]:
 
 def _lost(order: Order) -> Outcome:
     sentence = "the client's process ended each time it was tried"
-    return Outcome(index=order.index, content=None, error=("client-failed", sentence), state=order.state, trace=None)
+    return Outcome(order.number, None, ("client-failed", sentence), order.state, None)

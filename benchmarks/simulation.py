@@ -79,6 +79,8 @@ def experiment(args: argparse.Namespace) -> Experiment:
         "train": {"model": args.model, "batch_size": 10, "learning_rate": 0.05, "device": args.device},
         "simulation": {"workers": args.threads, "curves": False, "baselines": False, "precision": args.precision},
     }
+    if args.private:
+        tables["privacy"] = {"unit": "record", "noise_multiplier": 1.0, "clipping_norm": 1.0}
     return Experiment.of(tables, folder=HERE)
 
 
@@ -101,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def pair(args: argparse.Namespace) -> None:
     """Run bract and another script in turn, and print their lines and the ratio of their rates."""
     flags = [f"--{name}={getattr(args, name)}" for name in ("model", "clients", "cohort", "rounds", "threads")]
-    own = ["--app"] if args.app else []
+    own = [f"--{name}" for name in ("app", "private") if getattr(args, name)]
     ratios = []
     for _ in range(args.pairs):
         ours = _line(
@@ -134,7 +136,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help='where bract trains: "cpu", "cuda" or "auto"')
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of bract's products")
     parser.add_argument("--app", action="store_true", help="have bract run the stock Flower ClientApp of peers/")
-    parser.add_argument("--pair", metavar="SCRIPT", help="run this script in turn with bract")
+    parser.add_argument("--private", action="store_true", help="have bract train by DP-SGD: clip 1, sigma 1, Poisson")
+    parser.add_argument("--pair", metavar="SCRIPT", help="run this script in turn with bract: itself, for --private")
     parser.add_argument("--pairs", type=int, default=5, help="how many times each")
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the other script")
     return parser.parse_args()

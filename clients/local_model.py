@@ -18,7 +18,9 @@ from ..tasks.task import Task, initial_model
 from .training import LocalTraining
 
 if TYPE_CHECKING:
+    from ..privacy.dpsgd.noised_sum import NoisedSum
     from .kernels.program import Program
+    from .kernels.recorded_passes import RecordedPass
     from .kernels.stacked import Stack
 
 
@@ -68,6 +70,10 @@ class LocalModel:
         self.bookkeeping: bool | None = None
         # Made by the traced kernel at the first training with batches of a form; None where there cannot be one.
         self.programs: dict[tuple[object, ...], Program | None] = {}
+        # Likewise by book-keeping, with the memory that its sums are written into.
+        self.passes: dict[tuple[object, ...], RecordedPass | None] = {}
+        self.passes_seen: dict[tuple[object, ...], int] = {}
+        self.noised_sum: NoisedSum | None = None
         # Likewise by the stacked kernel.
         self.stacks: dict[tuple[object, ...], Stack | None] = {}
 

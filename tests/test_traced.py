@@ -253,7 +253,7 @@ def test_steps_that_differ_from_autograd_s_are_found_out(monkeypatch):
         ({"optimizer": "adam"}, "plain SGD"),
         ({"momentum": 0.9}, "plain SGD"),
         ({"l2": 0.1}, "plain SGD"),
-        ({"private": True}, "record-level privacy"),
+        ({"private": True, "dp_engine": "opacus"}, "book-keeping"),
         ({"rule": FedProx(mu=0.1).local_rule}, "corrects the gradients"),
     ],
 )

@@ -14,10 +14,12 @@ from ...core.errors import InputError
 from ...core.keys import Stream
 from ...privacy.dpsgd.bookkeeping import BookKeeping, supports, unknown_layer
 from ...privacy.dpsgd.dpsgd import DPSGD
-from ...privacy.dpsgd.passes import Hide
+from ...privacy.dpsgd.noised_sum import NoisedSum
+from ...privacy.dpsgd.passes import Hide, trained_layers
 from ...privacy.mechanism import RecordLevelPlan
 from ..local_model import LocalModel
 from ..training import LocalTraining
+from .recorded_passes import RecordedPasses
 
 
 def dp_engine(model: LocalModel, like: Tensor, training: LocalTraining) -> Literal["bookkeeping", "opacus"]:
@@ -47,7 +49,18 @@ def private_steps(
 ) -> BookKeeping | DPSGD:
     """Return the context manager whose `step` takes one private step, on inputs like these [n, ...]."""
     if dp_engine(model, like, training) == "bookkeeping":
-        optimizer = training.make_optimizer(model.parameters)
-        return BookKeeping(model.module, optimizer, plan=plan, noise=noise, correct=correct, hide=hide)
+        if model.noised_sum is None:
+            model.noised_sum = NoisedSum([p for _, own in trained_layers(model.module) for p in own])
+        recorded = training.kernel == "traced" and model.device.type == "cpu"
+        return BookKeeping(
+            model.module,
+            training.make_optimizer(model.parameters),
+            plan=plan,
+            noise=noise,
+            correct=correct,
+            hide=hide,
+            summed=model.noised_sum,
+            quick=RecordedPasses(model, plan) if recorded else None,
+        )
     wrapped = training.make_torch_optimizer(model.parameters)
     return DPSGD(model.module, wrapped, plan=plan, noise=noise, correct=correct, hide=hide)

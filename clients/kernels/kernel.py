@@ -48,15 +48,17 @@ def choose_kernel(
     """Return the kernel that trains a model on examples like these: a fixed rule, the same in every process.
 
     "auto" is on a processor the stacked one for small models in large cohorts, and else the traced one, wherever they
-    can train. `together` says of which clients a process trains many at once; one by itself never takes the stacked
-    one. `private` says that there is record-level privacy, `place` where the kernel was asked for. Raises
-    InputError where a kernel is asked for that cannot train.
+    can train; of private steps it repeats those of book-keeping, to the last bit. `together` says of which clients a
+    process trains many at once; one by itself never takes the stacked one. `private` says that there is record-level
+    privacy, `place` where the kernel was asked for. Raises InputError where a kernel is asked for that cannot train.
     """
     # Found out in every process before it evaluates or trains, so that all of them round alike.
     memory_format(model, like.inputs)
     if wanted == "sequential":
         return "sequential"
-    reason = _unfit(training, rule, private=private)
+    if private:
+        return _for_private_steps(wanted, model, like, training, together=together, place=place)
+    reason = _unfit(training, rule)
     if reason is None and len(like):
         tries: list[tuple[Kernel, Callable[[], object]]] = []
         if together is not None:
@@ -73,10 +75,27 @@ def choose_kernel(
             else:
                 return kernel if wanted == kernel or model.device.type == "cpu" else "sequential"
     if reason and (wanted == "traced" or (wanted == "stacked" and together is not None)):
-        raise InputError(
-            "experiment-conflict", f'simulation.kernel = "{wanted}": {reason}; use "auto" or "sequential"{place}'
-        )
+        raise _refused(wanted, reason, place)
     return "sequential"
+
+
+def _for_private_steps(
+    wanted: str, model: LocalModel, like: Examples, training: LocalTraining, *, together: Together | None, place: str
+) -> Kernel:
+    if wanted == "stacked" and together is not None:
+        raise _refused(wanted, "record-level privacy clips each example's gradient, which a stack does not", place)
+    from .dp_engines import dp_engine
+
+    recorded = model.device.type == "cpu" and dp_engine(model, like.inputs[:2], training) == "bookkeeping"
+    if wanted == "traced" and not recorded:
+        raise _refused(wanted, "of private steps it repeats those of book-keeping on a processor", place)
+    return "traced" if recorded else "sequential"
+
+
+def _refused(wanted: str, reason: str, place: str) -> InputError:
+    return InputError(
+        "experiment-conflict", f'simulation.kernel = "{wanted}": {reason}; use "auto" or "sequential"{place}'
+    )
 
 
 def _batch(like: Examples, training: LocalTraining) -> Examples:
@@ -85,9 +104,7 @@ def _batch(like: Examples, training: LocalTraining) -> Examples:
     return Examples(like.inputs[records], like.targets[records])
 
 
-def _unfit(training: LocalTraining, rule: LocalRule, *, private: bool) -> str | None:
-    if private:
-        return "record-level privacy clips each example's gradient, which it does not do"
+def _unfit(training: LocalTraining, rule: LocalRule) -> str | None:
     if rule.session is not Untouched:
         return "the strategy corrects the gradients of each step"
     if training.optimizer != "sgd" or training.momentum or training.l2:

@@ -1,4 +1,4 @@
-"""A program: a recorded step of plain SGD, rewritten, and repeated without autograd."""
+"""Recordings, rewritten, as Python that repeats them without autograd: a step of plain SGD, or any call."""
 
 from __future__ import annotations
 
@@ -54,11 +54,26 @@ class Program:
             linear.settle()
 
 
-def _written(recording: Recording) -> tuple[str, dict[str, Any]]:
-    """Return the step as a Python function of the batch, and what it refers to by name."""
+class RecordedCall:
+    """A recorded call on batches of one size: `call(inputs, targets)` returns the one tensor that was wanted.
+
+    `source` and `draws` are as a program's.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        lean = overwriting(without_the_unused(with_constants(without_aliases(recording))))
+        self.draws = any(each.is_random for each in lean.operations)
+        (wanted,) = lean.wanted
+        self.source, scope = _written(lean, wanted)
+        exec(compile(self.source, "<recorded call>", "exec"), scope)
+        self.call: Callable[[Tensor, Tensor], Tensor] = scope["step"]
+
+
+def _written(recording: Recording, result: Value | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the step as a Python function of the batch that returns a result, and what it refers to by name."""
     scope: dict[str, Any] = {_name(Value(place)): tensor.detach() for place, tensor in recording.fixed.items()}
     last = {value: each for each in recording.operations for value in (*each.values, *each.results) if value}
-    lasting = {recording.inputs, recording.targets, *(Value(place) for place in recording.fixed)}
+    lasting = {recording.inputs, recording.targets, result, *(Value(place) for place in recording.fixed)}
     lines = []
     for number, each in enumerate(recording.operations):
         scope[f"f{number}"] = _QUICK.get(each.target, each.target) if _is_torch(each) else each.target
@@ -66,6 +81,8 @@ def _written(recording: Recording) -> tuple[str, dict[str, Any]]:
         # What is freed early is used again while it is still in the processor's cache.
         done = sorted({value.index for value in last if last[value] is each and value not in lasting})
         lines.extend(f"del {_name(Value(index))}" for index in done)
+    if result is not None:
+        lines.append(f"return {_name(result)}")
     head = f"def step({_name(recording.inputs)}, {_name(recording.targets)}):"
     return "\n".join([head, *(f"    {line}" for line in lines or ["pass"]), ""]), scope
 

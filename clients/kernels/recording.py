@@ -68,22 +68,22 @@ class Operation:
 class Recording:
     """A step's operations on `inputs` and `targets`; `fixed` tensors were there before, such as parameters.
 
-    `gradients` holds the place of each parameter's gradient, None for one that has none; `tensors` are all of them as
-    they were, by place.
+    `wanted` holds the place of what is asked for, such as each parameter's gradient, None for one that has none;
+    `tensors` are all of them as they were, by place.
     """
 
     inputs: Value
     targets: Value
     fixed: dict[int, Tensor]
     operations: list[Operation] = field(default_factory=list)
-    gradients: list[Value | None] = field(default_factory=list)
+    wanted: list[Value | None] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
 
     def same_steps(self, other: Recording) -> bool:
         """Return whether both hold the same operations on the same tensors, those that were there before included."""
         return (
             self.operations == other.operations
-            and self.gradients == other.gradients
+            and self.wanted == other.wanted
             and self.fixed.keys() == other.fixed.keys()
             and all(
                 tensor is other.fixed[index] or _equal(tensor, other.fixed[index])
@@ -99,14 +99,27 @@ def record(
     inputs: Tensor,
     targets: Tensor,
 ) -> Recording:
-    """Return the recording of `step(inputs, targets)`, a scalar, and of its gradients by the parameters.
+    """Return the recording of `step(inputs, targets)`, a scalar, and of its gradients by the parameters, wanted.
 
     Raises NotRecordable, or whatever the step raises. Buffers that the step moves are put back.
     """
+
+    def gradients(inputs: Tensor, targets: Tensor) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(step(inputs, targets), parameters, allow_unused=True)
+
+    return record_call(gradients, module, inputs, targets)
+
+
+def record_call(
+    call: Callable[[Tensor, Tensor], Sequence[Tensor | None]], module: nn.Module, inputs: Tensor, targets: Tensor
+) -> Recording:
+    """Return the recording of `call(inputs, targets)` and of the tensors that it returns, wanted; raises as `record`.
+
+    What it writes into tensors that were there before, it writes again.
+    """
     recorder = _Recorder(inputs, targets)
     with _unchanged(module), _NoLooking(), recorder:
-        value = step(inputs, targets)
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        found = call(inputs, targets)
     return recorder.finished(found)
 
 
@@ -144,12 +157,12 @@ class _Recorder(TorchDispatchMode):
         self._recording.operations.append(Operation(func, arguments, named, results, alone))
         return out
 
-    def finished(self, gradients: Sequence[Tensor | None]) -> Recording:
+    def finished(self, wanted: Sequence[Tensor | None]) -> Recording:
         recording = self._recording
-        for gradient in gradients:
-            if gradient is not None and id(gradient) not in self._places:
+        for tensor in wanted:
+            if tensor is not None and id(tensor) not in self._places:
                 raise NotRecordable("a gradient comes from outside the step")
-            recording.gradients.append(None if gradient is None else Value(self._places[id(gradient)]))
+            recording.wanted.append(None if tensor is None else Value(self._places[id(tensor)]))
         recording.tensors = self._kept
         return recording
 

@@ -49,7 +49,7 @@ def without_aliases(recording: Recording) -> Recording:
                 kept.append(operation)
         else:
             kept.append(operation)
-    return replace(recording, operations=kept, gradients=[_named(each, names) for each in recording.gradients])
+    return replace(recording, operations=kept, wanted=[_named(each, names) for each in recording.wanted])
 
 
 def with_constants(recording: Recording) -> Recording:
@@ -69,7 +69,7 @@ def with_constants(recording: Recording) -> Recording:
 
 def without_the_unused(recording: Recording) -> Recording:
     """Return the recording without what no gradient, no change and no draw of random numbers needs."""
-    wanted = {value for value in recording.gradients if value is not None}
+    wanted = {value for value in recording.wanted if value is not None}
     kept: list[Operation] = []
     for each in reversed(recording.operations):
         if not each.results or each.changes or each.is_random or wanted & set(each.results):
@@ -98,7 +98,7 @@ def overwriting(recording: Recording) -> Recording:
                     operation, target=aten.threshold_backward.grad_input, keywords=keywords, results=(place,)
                 )
         kept.append(operation)
-    return replace(recording, operations=kept, gradients=[_named(each, names) for each in recording.gradients])
+    return replace(recording, operations=kept, wanted=[_named(each, names) for each in recording.wanted])
 
 
 def readers_of(recording: Recording) -> Mapping[Value, list[Operation]]:

@@ -42,7 +42,7 @@ def linear_layers(recording: Recording, parameters: Sequence[Tensor]) -> list[Li
     makers = {value: each for each in recording.operations for value in each.results if value is not None}
     places = {id(tensor): Value(index) for index, tensor in recording.fixed.items()}
     found = []
-    for parameter, gradient in zip(parameters, recording.gradients, strict=True):
+    for parameter, gradient in zip(parameters, recording.wanted, strict=True):
         product, weight = makers.get(gradient) if gradient else None, places.get(id(parameter))
         if gradient is None or product is None or weight is None or readers[gradient]:
             continue
@@ -125,7 +125,7 @@ def with_steps(recording: Recording, parameters: Sequence[Tensor], *, rate: floa
     own = {id(layer.weight) for layer in layers}
     rest = [
         (parameter.detach(), gradient)
-        for parameter, gradient in zip(parameters, recording.gradients, strict=True)
+        for parameter, gradient in zip(parameters, recording.wanted, strict=True)
         if gradient is not None and id(parameter) not in own
     ]
     if rest:

@@ -1,7 +1,8 @@
 """The traced kernel: a step of plain SGD is recorded once for each size of batch, and repeated without autograd.
 
 It takes the sequential kernel's steps on the same batches, up to rounding, and takes a step for which there is no
-program as that does. Under record-level privacy, and where a strategy corrects gradients, the sequential one trains.
+program as that does. Where a strategy corrects gradients the sequential one trains; so it does under record-level
+privacy, with passes that are repeated (`recorded_passes`).
 """
 
 from __future__ import annotations

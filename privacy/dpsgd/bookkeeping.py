@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -23,6 +23,7 @@ from ...core.errors import RunError
 from ...core.keys import Key, Stream
 from ..mechanism import RecordLevelPlan
 from .gradients import Clean, Gradients, finite, unchanged
+from .noised_sum import NoisedSum
 from .passes import Hide, Loss, take_passes, trained_layers
 from .per_example import Kind, kind_of
 from .stream_optimizer import StreamOptimizer
@@ -33,6 +34,13 @@ class Stepping(Protocol):
 
     def step(self) -> object:
         """Move every parameter that has a gradient."""
+
+
+class QuickPass(Protocol):
+    """Does to an engine what one whole pass would have done, to the last bit."""
+
+    def __call__(self, engine: BookKeeping, inputs: Tensor, targets: Tensor, loss: Loss) -> bool:
+        """Return whether it did; if not, the engine does it by itself."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +75,11 @@ class BookKeeping:
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
         hide: Hide | None = None,
+        summed: NoisedSum | None = None,
+        quick: QuickPass | None = None,
     ) -> None:
+        self._summed = summed
+        self._quick = quick
         self._module = module
         self._optimizer = optimizer
         self._plan = plan
@@ -91,6 +103,7 @@ class BookKeeping:
             noise=self._noise,
             correct=self._correct,
             layers=[own for _, own in layers],
+            summed=self._summed,
         )
         self._entries: dict[nn.Module, _Entry] = {}
         for layer, kind in known.items():
@@ -113,18 +126,30 @@ class BookKeeping:
 
         A batch larger than the plan's microbatches takes several passes: it is never cut.
         """
-        take_passes(self._pass, self._forget, inputs, targets, loss, size=self._plan.microbatch_size, hide=self._hide)
+        size = self._plan.microbatch_size
+        whole = 0 < len(inputs) <= (size or len(inputs))
+        if not (whole and self._quick is not None and self._quick(self, inputs, targets, loss)):
+            take_passes(self._pass, self.forget, inputs, targets, loss, size=size, hide=self._hide)
         self._private.pre_step()
         self._optimizer.step()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Begin the sum of a step anew."""
         for p in self._parameters:
             p.grad = p.summed_grad = None  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def _pass(self, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
-        """Add the clipped gradients of some examples to those of the step."""
+        self.add_clipped(inputs, targets, loss, cleaning=cleaning_of)
+
+    @torch.no_grad()
+    def add_clipped(
+        self, inputs: Tensor, targets: Tensor, loss: Loss, *, cleaning: Callable[[Sequence[Tensor]], Clean]
+    ) -> list[Tensor]:
+        """Add the clipped gradients of some examples to those of the step.
+
+        Return the factors [n], one of each layer that is clipped by itself and that the losses reach; `cleaning` says
+        by them what makes the tensors of the pass finite.
+        """
         self._entries.clear()
         with torch.enable_grad():
             losses = loss(self._module(inputs), targets)
@@ -136,13 +161,26 @@ class BookKeeping:
         by_layer = self._gradients(losses, len(inputs))
         found = by_layer if self._plan.per_layer else [[each for own in by_layer for each in own]]
         factors = self._private.factors([[_columns(own)] if own else [] for own in found])
-        clean, parts = _clean(factors), self._private.parts
+        there = [factor for factor in factors if factor is not None]
+        clean, parts = cleaning(there), self._private.parts
         for own, factor in zip(found, factors, strict=True):
             for each in own:
                 if factor is not None:
                     p, part = each.parameter, parts[each.parameter]
                     each.add(part, factor.to(each.norms.dtype), clean, p.summed_grad is part)  # type: ignore[attr-defined]
                     p.summed_grad = part  # type: ignore[attr-defined]
+        return there
+
+    @property
+    def parts(self) -> dict[Tensor, Tensor]:
+        """The sum of the step so far, of each parameter that it holds."""
+        return {p: part for p, part in self._private.parts.items() if p.summed_grad is part}  # type: ignore[attr-defined]
+
+    def put(self, parameters: Iterable[Tensor]) -> None:
+        """Say that the parts of these parameters hold the sum of the step, and no others do."""
+        self.forget()
+        for p in parameters:
+            p.summed_grad = self._private.parts[p]  # type: ignore[attr-defined]
 
     def _gradients(self, losses: Tensor, examples: int) -> list[list[Gradients]]:
         """Return the gradients of each layer's parameters; none for a layer that the losses do not reach."""
@@ -273,10 +311,9 @@ class _NoStep:
         """Leave the weights as they are."""
 
 
-def _clean(factors: Sequence[Tensor | None]) -> Clean:
+def cleaning_of(factors: Sequence[Tensor]) -> Clean:
     """Return what makes the tensors of a pass finite: nothing, if a look at the factors costs no wait for a device."""
-    there = next((each for each in factors if each is not None), None)
-    if there is None or (there.device.type == "cpu" and bool((there > 0).all())):
+    if not factors or (factors[0].device.type == "cpu" and bool((factors[0] > 0).all())):
         return unchanged
     return finite
 

@@ -33,6 +33,7 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         noise: Stream,
         correct: Callable[[], None] = lambda: None,
         layers: Sequence[Sequence[nn.Parameter]] = (),
+        summed: NoisedSum | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -47,7 +48,7 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         self._layers = [list(layer) for layer in layers] if plan.per_layer else [self._parameters]
         self._layer_norm = plan.clipping_norm / math.sqrt(len(self._layers))
         self._correct = correct
-        self._sum = NoisedSum(self._parameters)
+        self._sum = NoisedSum(self._parameters) if summed is None else summed
         self.examples = 0
 
     @property

@@ -1,4 +1,4 @@
-"""What record-level DP-SGD costs: bract's kernel with and without it, and Opacus in a plain loop, client by client.
+"""What record-level DP-SGD costs: bract's default kernel with and without it, and Opacus in a plain loop, client by client.
 
     python benchmarks/dp_sgd.py --model mlp [--clients 20] [--repeats 5]
 
@@ -27,7 +27,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn import functional
 
-from bract.clients.kernels import dp_engines, sequential
+from bract.clients.kernels import dp_engines, traced
 from bract.clients.local_model import LocalModel
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.keys import Key
@@ -70,7 +70,7 @@ def plain_opacus(module: nn.Module, examples: Examples) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """Return the line of one model."""
-    training = LocalTraining(batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, dp_engine=args.engine)
+    training = LocalTraining(batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, dp_engine=args.engine, kernel="traced")
     module, _ = make_private(initial_model(FashionMnist(model=args.model).model, 0))
     model, other = LocalModel(module, training), copy.deepcopy(module)
     plan = RecordLevelPlan(
@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     def bract(examples: Examples, mechanism: RecordLevelPlan | None) -> None:
         model.load(start)
-        sequential.train(model, loss, examples, training, plan=mechanism, key=key)
+        traced.train(model, loss, examples, training, plan=mechanism, key=key)
 
     def opacus(examples: Examples, mechanism: RecordLevelPlan | None) -> None:
         other.load_state_dict(model.module.state_dict())

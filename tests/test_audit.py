@@ -335,7 +335,7 @@ def test_a_mutation_of_book_keeping_fails_where_it_is_used(small, tiny, monkeypa
 
 
 def test_a_nan_that_spreads_in_book_keeping_fails(small, monkeypatch):
-    monkeypatch.setattr(bookkeeping, "_clean", lambda factors: bookkeeping.unchanged)
+    monkeypatch.setattr(bookkeeping, "cleaning_of", lambda factors: bookkeeping.unchanged)
     assert "bad-records" in failing(small, "bad-records")
 
 

@@ -1,4 +1,4 @@
-"""What record-level DP-SGD costs: bract's default kernel with and without it, and Opacus in a plain loop, client by client.
+"""What record-level DP-SGD costs: bract's default kernel with and without it, and Opacus in a plain loop.
 
     python benchmarks/dp_sgd.py --model mlp [--clients 20] [--repeats 5]
 

@@ -141,6 +141,7 @@ def assemble(
             federation.names,
             run_config=experiment.clients.run_config,
             clock=VirtualClock.of(experiment),
+            folder=directory.path / "private",
         ),
         key=key,
     )

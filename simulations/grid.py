@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
@@ -18,7 +19,8 @@ from .virtual_clock import VirtualClock
 class VirtualGrid(RoundGrid):
     """Virtual clients by name; their state lives in their Flower contexts, and an executor runs them.
 
-    `clock` says how fast each of them is, by default all alike.
+    `clock` says how fast each of them is, by default all alike; `folder` is where their state may lie, in a file
+    without a name.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class VirtualGrid(RoundGrid):
         *,
         run_config: Mapping[str, bool | int | float | str] | None = None,
         clock: VirtualClock | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self._contexts = ClientContexts(names, run_config)
+        self._contexts = ClientContexts(names, run_config, folder=folder)
         self.names = self._contexts.names
         self.executor = executor
         self._clock = clock or VirtualClock()

@@ -28,7 +28,7 @@ class Order(NamedTuple):
     node: int
     kind: str
     partition: int
-    state: dict[str, Any]
+    state: Mapping[str, Any]
 
 
 Orders = tuple[Order, ...]
@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
     number: int
     content: RecordDict | Mapping[str, Any] | None
     error: tuple[str, str] | None
-    state: dict[str, Any]
+    state: Mapping[str, Any]
     trace: str | None
     folded_bytes: int | None = None
     times: CallTimes | None = None
@@ -129,7 +129,6 @@ def arrival_of(
     if outcome.times is not None and watch is not None:
         watch(outcome.times)
     call.contexts.put(call.node, outcome.state)
-    call.contexts.settle(call.node)
     if outcome.error is not None:
         reply = flower.error_reply(call.message, *outcome.error)
     else:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import stat
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import bract
+from bract.server import evaluation
 from bract.server.events import ClientFailed, Evaluated, Notice, RoundFinished, RunFinished, RunStarted
 
 
@@ -182,3 +184,16 @@ def test_a_model_that_cannot_be_private_is_fixed_aloud(tiny, tmp_path):
     assert result.status == "completed"
     assert not any(isinstance(event, ClientFailed) for event in events)
     assert isinstance(bract.load(tmp_path / "run")[1], torch.nn.GroupNorm)
+
+
+def test_of_a_large_population_the_sum_of_the_metrics_is_released(tiny, tmp_path, monkeypatch):
+    """Whoever asks in parts, or lists the clients, comes to the same sum."""
+    known = {"task.clients": 120, "experiment.rounds": 1, "server.evaluate_every": 1}
+    plain = bract.simulate(tiny(**known), out=tmp_path / "plain").record["released"]
+    monkeypatch.setattr(evaluation, "_ASKED", 50)
+    assert bract.simulate(tiny(**known), out=tmp_path / "parts").record["released"] == plain
+    monkeypatch.setattr(evaluation, "LISTED_SITES", 120)
+    listed = bract.simulate(tiny(**known), out=tmp_path / "listed").record["released"]
+    assert "per_site" not in plain and len(listed["per_site"]) == 120
+    assert plain["histogram"] == listed["histogram"]
+    assert np.sum([each["histogram"] for each in listed["per_site"].values()], axis=0).tolist() == plain["histogram"]

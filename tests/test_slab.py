@@ -81,7 +81,11 @@ def test_a_round_is_put_back_however_often_it_is_tried(tmp_path):
             contexts.put(node, tree(20.0 + attempt))
         same(contexts.tree(a), tree(20.0 + attempt))
         same(contexts.tree(c), tree(20.0 + attempt))
+        # A call that was left off has its context open.
+        contexts.of(a).state = flower.tree_to_state(tree(30.0))
         contexts.restore(before)
+        same(flower.state_to_tree(contexts.of(a).state), tree(1.0))
+        contexts.settle(a)
         same(contexts.tree(a), tree(1.0))
         same(contexts.tree(b), tree(2.0))
         assert contexts.tree(c) == {} and contexts.states().keys() == {"a", "b"}

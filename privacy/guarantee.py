@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import accounting
@@ -132,10 +135,10 @@ def record_level(
     """
     _check_plans(plans)
     _check_evaluation(evaluation)
-    trained = _trained(plans, rounds)
+    trained = Counter((plan, rounds[name]) for name, plan in plans.items())
     released = 0.0 if evaluation is None or evaluation.epsilon is None else evaluation.epsilon
-    per_client = {name: max(epsilon, released) for name, epsilon in trained.items()}
-    epsilon = max(per_client.values())
+    spent = {each: max(epsilon, released) for each, epsilon in _epsilons(trained).items()}
+    epsilon = max(spent.values())
     if not math.isfinite(epsilon):
         return no_privacy(randomness=randomness, place=place, excludes_extra=excludes_extra)
     return Guarantee(
@@ -143,12 +146,14 @@ def record_level(
         delta=max(plan.delta for plan in plans.values()),
         unit="record",
         neighbouring=_ZERO_OUT,
-        sampler=_sampler(plans, rounds),
+        sampler=_sampler(trained),
         randomness=randomness,
         trust=_TRUST[place],
         excludes=(*ALWAYS_EXCLUDED, *excludes_extra),
-        replace_one_epsilon=finite(max(2 * released, _replace_one(plans, rounds))),
-        per_client=per_client if len(per_client) <= LISTED_CLIENTS else _quantiles(list(per_client.values())),
+        replace_one_epsilon=finite(max(2 * released, _replace_one(trained))),
+        per_client={name: spent[plan, rounds[name]] for name, plan in plans.items()}
+        if len(plans) <= LISTED_CLIENTS
+        else _quantiles([(spent[each], count) for each, count in trained.items()]),
     )
 
 
@@ -183,21 +188,25 @@ def rounded_up(value: float) -> str:
     return f"{math.ceil(value / step - 1e-9) * step:.4g}"
 
 
-def _trained(plans: Mapping[str, RecordLevelPlan], rounds: Mapping[str, int]) -> dict[str, float]:
-    counts: dict[RecordLevelPlan, set[int]] = {}
-    for name, plan in plans.items():
-        counts.setdefault(plan, set()).add(rounds[name])
-    curves = {
-        plan: dict(zip(sorted(each), accounting.epsilons(plan, sorted(each)), strict=True))
+Trained = tuple["RecordLevelPlan", int]
+"""A plan, and the rounds that clients trained under it."""
+
+
+def _epsilons(trained: Iterable[Trained]) -> dict[Trained, float]:
+    counts: dict[RecordLevelPlan, list[int]] = {}
+    for plan, count in sorted(trained, key=lambda each: each[1]):
+        counts.setdefault(plan, []).append(count)
+    return {
+        (plan, count): epsilon
         for plan, each in counts.items()
+        for count, epsilon in zip(each, accounting.epsilons(plan, each), strict=True)
     }
-    return {name: curves[plan][rounds[name]] for name, plan in plans.items()}
 
 
-def _replace_one(plans: Mapping[str, RecordLevelPlan], rounds: Mapping[str, int]) -> float:
+def _replace_one(trained: Iterable[Trained]) -> float:
     most: dict[RecordLevelPlan, int] = {}
-    for name, plan in plans.items():
-        most[plan] = max(most.get(plan, 0), rounds[name])
+    for plan, count in trained:
+        most[plan] = max(most.get(plan, 0), count)
     # The second figure of many unequal sites may come from the wider interval: also a bound, at once.
     interval = accounting.SHOWN if len(most) <= 8 else accounting.CALIBRATING
     return max(
@@ -213,15 +222,16 @@ def _replace_one(plans: Mapping[str, RecordLevelPlan], rounds: Mapping[str, int]
     )
 
 
-def _sampler(plans: Mapping[str, RecordLevelPlan], rounds: Mapping[str, int]) -> str:
-    rates = [plan.sampling_rate for plan in plans.values()]
-    steps = _range([plan.steps(rounds[name]) for name, plan in plans.items()])
+def _sampler(trained: Iterable[Trained]) -> str:
+    trained = list(trained)
+    rates = [plan.sampling_rate for plan, _ in trained]
+    steps = _range([plan.steps(count) for plan, count in trained])
     how = (
         "all records in every step"
         if min(rates) == 1
         else f"each record in a step's batch with probability {_range(rates)} (Poisson sampling)"
     )
-    return f"{max(rounds[name] for name in plans)} rounds with {steps} steps a site and {how}"
+    return f"{max(count for _, count in trained)} rounds with {steps} steps a site and {how}"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -229,12 +239,14 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
+def _quantiles(values: Iterable[tuple[float, int]]) -> dict[str, float]:
+    """Return those of values that so many clients each have."""
     ordered = sorted(values)
+    ends = list(accumulate(count for _, count in ordered))
 
     # The next value above, never an interpolation: each figure is some client's own.
     def at(share: float) -> float:
-        return ordered[math.ceil(share * (len(ordered) - 1))]
+        return ordered[bisect_right(ends, math.ceil(share * (ends[-1] - 1)))][0]
 
     return {"min": at(0), "p25": at(0.25), "median": at(0.5), "p75": at(0.75), "max": at(1)}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.names import ByName, Places, names_of
 from ..privacy.accounting import CALIBRATING
 from ..privacy.mechanism import RecordLevelPlan
 from .plan import Plan
@@ -22,7 +23,7 @@ class Accounts:
 
     def __init__(self, plans: Mapping[str, RecordLevelPlan], *, epsilon_budget: float | None = None) -> None:
         self._budget = epsilon_budget
-        self._place: dict[str, int] = {}
+        self._place = Places(())
         # The first client of a class stands for all.
         self._classes: list[RecordLevelPlan] = []
         self._numbers: dict[tuple[float, int, float, int], int] = {}
@@ -32,21 +33,24 @@ class Accounts:
 
     def add(self, plans: Mapping[str, RecordLevelPlan]) -> None:
         """Take on clients that have trained nothing yet."""
-        classes = []
-        for name, plan in plans.items():
-            event = (plan.accounted_rate, plan.accounted_steps(1), plan.noise_multiplier, plan.rounds)
-            if event not in self._numbers:
-                self._numbers[event] = len(self._classes)
-                self._classes.append(plan)
-            classes.append(self._numbers[event])
-            self._place[name] = len(self._place)
-        self._class = np.append(self._class, np.array(classes, np.int32))
+        classes = np.fromiter(map(self._class_of, plans.values()), np.int32, len(plans))
+        # Only of a simulation there may be very many.
+        self._place = Places((*self._place, *names_of(plans)) if self._place else names_of(plans))
+        self._class = np.append(self._class, classes)
         self._counts = np.append(self._counts, np.zeros(len(classes), np.int32))
+        self._largest = self._most(np.arange(len(self._counts)))
+
+    def _class_of(self, plan: RecordLevelPlan) -> int:
+        event = (plan.accounted_rate, plan.accounted_steps(1), plan.noise_multiplier, plan.rounds)
+        if event not in self._numbers:
+            self._numbers[event] = len(self._classes)
+            self._classes.append(plan)
+        return self._numbers[event]
 
     @property
-    def rounds(self) -> dict[str, int]:
+    def rounds(self) -> Mapping[str, int]:
         """The rounds that each client has trained."""
-        return dict(zip(self._place, self._counts.tolist(), strict=True))
+        return ByName.counts(self._place.names, self._counts.copy())
 
     def allows(self, cohort: Sequence[str]) -> bool:
         """Return whether one more round keeps each of these clients within the budget."""
@@ -61,14 +65,17 @@ class Accounts:
 
     def charge(self, cohort: Sequence[str]) -> None:
         """Count one round for these clients."""
-        np.add.at(self._counts, self._places(cohort), 1)
+        places = self._places(cohort)
+        np.add.at(self._counts, places, 1)
+        # Only these can have become the largest, so a round costs by its cohort.
+        for number, count in self._most(places).items():
+            self._largest[number] = max(self._largest[number], count)
 
     def epsilon(self) -> float | None:
         """Return the largest epsilon so far, None without privacy."""
         if not self._classes:
             return None
-        most = self._most(np.arange(len(self._counts)))
-        return max(_epsilon(self._classes[number], count) for number, count in most.items())
+        return max(_epsilon(self._classes[number], count) for number, count in self._largest.items())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, in the order of the clients."""
@@ -78,6 +85,7 @@ class Accounts:
         """Take up the counts; clients that were added since have none."""
         counts = np.array(state["rounds"], np.int32)
         self._counts = np.append(counts, np.zeros(len(self._place) - len(counts), np.int32))
+        self._largest = self._most(np.arange(len(self._counts)))
 
     def _places(self, cohort: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self._place[name] for name in cohort if name in self._place], np.int64)

@@ -76,8 +76,8 @@ def evaluate(
     if not histograms:
         return None
     # Replies come in any order.
-    order = (EVERYONE, *names.values())
-    return Evaluation(histograms={name: histograms[name] for name in order if name in histograms})
+    order = [EVERYONE] if EVERYONE in histograms else [name for name in names.values() if name in histograms]
+    return Evaluation(histograms={name: histograms[name] for name in order})
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
+
 from ..core.errors import InputError
+from ..core.names import ByName, names_of
 from ..experiment import Experiment, PrivacyTable, RecordTable
 from ..privacy.client_guarantee import client_level, local_privacy
 from ..privacy.client_level import ClientLevelPlan
@@ -51,7 +54,7 @@ class Plan:
         known: dict[str, Any] = {"randomness": randomness or experiment.privacy.randomness, "place": place}
         exact = self._exact(experiment) if place == "simulation" else []
         if rounds is None:
-            rounds = dict.fromkeys(self.mechanisms or ("all",), experiment.experiment.rounds)
+            rounds = ByName.alike(names_of(self.mechanisms) or ("all",), experiment.experiment.rounds)
         if self.aggregate is None and self.local is None:
             if not self.mechanisms:
                 return no_privacy(**known)
@@ -63,7 +66,7 @@ class Plan:
             found = local_privacy(cast(LocalPlan, self.local), charged, excludes_extra=exact, **known)
         if self.mechanisms:
             # Which clients were drawn is secret, so each counts as if it had been in every round.
-            everywhere = dict.fromkeys(self.mechanisms, charged)
+            everywhere = ByName.alike(names_of(self.mechanisms), charged)
             beneath = record_level(self.mechanisms, everywhere, **known)
             # Names, and the numbers of records that such figures follow, are what is protected here.
             found = replace(found, record=replace(beneath, released="models", per_client={}))
@@ -118,38 +121,40 @@ def record_level_plans(
     emit: Listener,
     *,
     known: Mapping[str, RecordLevelPlan] | None = None,
-) -> dict[str, RecordLevelPlan]:
+) -> Mapping[str, RecordLevelPlan]:
     """Return the mechanisms of clients with so many training records, by their names, after those that are known."""
-    train, table = experiment.train, record_table(experiment)
-    mechanisms = dict(known or {})
     if not records:
-        return mechanisms
-    emit(Phase(name=CALIBRATION, total=len(records)))
-    classes_of_size = size_classes(records.values(), train.batch_size)
-    of_size: dict[int, RecordLevelPlan] = {}
-    for name, count in records.items():
-        if count in of_size:
-            mechanisms[name] = of_size[count]
-            emit(PhaseAdvanced(name=CALIBRATION))
-            continue
-        fixed: dict[str, Any] = {
-            "records": count,
-            "batch_size": train.batch_size,
-            "epochs": train.epochs,
-            "rounds": experiment.experiment.rounds,
-            "clipping_norm": table.clipping_norm,
-            "delta": table.delta,
-            "accounted_records": classes_of_size.get(count),
-            "per_layer": table.clipping == "per-layer",
-            "microbatch_size": train.microbatch_size,
-        }
-        if table.epsilon is not None:
-            mechanisms[name] = RecordLevelPlan.calibrate(epsilon=table.epsilon, **fixed)
-        else:
-            mechanisms[name] = RecordLevelPlan(noise_multiplier=table.noise_multiplier or 0.0, **fixed)
-        of_size[count] = mechanisms[name]
+        return dict(known or {})
+    distinct = sorted(set(records.values()))
+    emit(Phase(name=CALIBRATION, total=len(distinct)))
+    classes_of_size = size_classes(distinct, experiment.train.batch_size)
+    plans = []
+    for size in distinct:
+        plans.append(_of_size(experiment, size, accounted=classes_of_size.get(size)))
         emit(PhaseAdvanced(name=CALIBRATION))
-    return mechanisms
+    number = {size: place for place, size in enumerate(distinct)}
+    numbers = np.fromiter((number[size] for size in records.values()), np.int32, len(records))
+    mechanisms = ByName(names=names_of(records), numbers=numbers, known=plans)
+    return {**known, **mechanisms} if known else mechanisms
+
+
+def _of_size(experiment: Experiment, size: int, *, accounted: tuple[int, int] | None) -> RecordLevelPlan:
+    """Return the mechanism of a client with so many records."""
+    train, table = experiment.train, record_table(experiment)
+    fixed: dict[str, Any] = {
+        "records": size,
+        "batch_size": train.batch_size,
+        "epochs": train.epochs,
+        "rounds": experiment.experiment.rounds,
+        "clipping_norm": table.clipping_norm,
+        "delta": table.delta,
+        "accounted_records": accounted,
+        "per_layer": table.clipping == "per-layer",
+        "microbatch_size": train.microbatch_size,
+    }
+    if table.epsilon is not None:
+        return RecordLevelPlan.calibrate(epsilon=table.epsilon, **fixed)
+    return RecordLevelPlan(noise_multiplier=table.noise_multiplier or 0.0, **fixed)
 
 
 def record_table(experiment: Experiment) -> PrivacyTable | RecordTable:

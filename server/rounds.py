@@ -115,7 +115,7 @@ class RoundLoop(RoundTraining):
 
     def _draw(self, number: int) -> list[int]:
         """Return who is sent a message in this round, and pays for it, whenever the reply comes."""
-        population = list(self.clients if self.population is None else self.population(number))
+        population = list(self.clients) if self.population is None else self.population(number)
         if isinstance(self.strategy, Asynchronous):
             return list(self.call(self.strategy.draw, number, population))
         # Of a population of fixed size some places may be nobody's.

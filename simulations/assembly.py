@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 
 from ..clients.training import LocalTraining
 from ..core.keys import Key
+from ..core.names import ByName
 from ..core.parameters import digest
 from ..experiment import Experiment
 from ..server.accounts import Accounts, PopulationAccount, accounts_of
 from ..server.events import Listener
-from ..server.manifest import SiteRecords, manifest, origin_of, refuse_changed
+from ..server.manifest import LISTED_SITES, SiteRecords, manifest, origin_of, refuse_changed
 from ..server.plan import Plan, make_plan, refuse_too_few_clients
 from ..server.run_directory import RunDirectory
 from ..tasks.partition import client_names
@@ -77,7 +79,7 @@ def assemble(
     counts, _ = counts_of(data)
     plan = make_plan(
         experiment,
-        counts or dict.fromkeys(client_names(experiment.clients.count or 1), 0),
+        counts or ByName.alike(client_names(experiment.clients.count or 1), 0),
         len(task.classes) if task else 2,
         emit,
         coordinates=travelling_size(experiment, task, strategy) if experiment.privacy.unit == "client" else 1,
@@ -100,20 +102,25 @@ def assemble(
         find_ray()
     # Made last: what was refused until here leaves no folder behind.
     directory = existing or RunDirectory.create(cast(Path, free), experiment, secret)
+    # A device that is named is the only one.
+    gpus = torch.cuda.device_count() if federation.device == "cuda" else 0
     workers = worker_count(
         experiment,
         clients=len(federation.names),
         records=sum(counts.values()),
         parameters=federation.size,
         device=federation.device,
+        gpus=gpus,
     )
     executor: Executor
-    records = np.array(list(counts.values())) if task else None
+    records = np.fromiter(counts.values(), np.int64, len(counts)) if task else None
     dealing = Dealing(width=federation.group.width if federation.group is not None else 1, records=records)
     spreads = workers > 1 and not given and (task is None or isinstance(data, Pool))
     if where in ("processes", "ray") or (where == "auto" and spreads):
         shared = data.share() if isinstance(data, Pool) else None
-        recipe = Recipe(tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key)
+        recipe = Recipe(
+            tables=experiment.model_dump(), folder=experiment.folder, data=shared, plan=plan, key=key, gpus=gpus
+        )
         if where == "ray":
             wanted, address = experiment.simulation.workers, experiment.simulation.ray_address
             count = None if wanted == "auto" else wanted
@@ -163,7 +170,8 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
     """Write what the run is made of; a resumed run must be made of the same."""
     directory, experiment, federation = assembly.directory, assembly.experiment, assembly.federation
     # Under client-level privacy nothing that is passed on names a client, or tells how many records it has.
-    trains, tests = counts_of({} if experiment.privacy.unit == "client" else assembly.data)
+    trains, tests = counts_of(assembly.data)
+    listed = trains if experiment.privacy.unit != "client" and len(trains) <= LISTED_SITES else ()
     description = manifest(
         experiment,
         kernel=federation.kernel,
@@ -171,7 +179,7 @@ def _describe(assembly: Assembly, engine: str | None, *, resumed: bool) -> None:
         parameters=federation.size,
         clients=len(federation.names),
         classes=assembly.task.classes if assembly.task else (),
-        sites={name: SiteRecords(train=train, test=tests[name]) for name, train in trains.items()},
+        sites={name: SiteRecords(train=trains[name], test=tests[name]) for name in listed},
         mechanisms=assembly.plan.mechanisms,
         dp_engine=engine,
         precision=experiment.simulation.precision,

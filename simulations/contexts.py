@@ -9,6 +9,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from ..core import flower
+from ..core.names import Nodes
 from .slab import Kept, Slab
 
 RunConfig = Mapping[str, bool | int | float | str]
@@ -20,9 +21,8 @@ class ClientContexts:
     def __init__(
         self, names: Sequence[str], run_config: RunConfig | None = None, *, folder: Path | None = None
     ) -> None:
-        self.names = {flower.node_id(name): name for name in names}
+        self.names = Nodes(names)
         self.run_config = dict(run_config or {})
-        self._partitions = {node: index for index, node in enumerate(self.names)}
         self._slab = Slab(folder)
         self._kept: dict[int, Kept] = {}
         self._open: dict[int, Context] = {}
@@ -30,14 +30,14 @@ class ClientContexts:
 
     def partition(self, node: int) -> int:
         """Return a client's number."""
-        return self._partitions[node]
+        return self.names.place(node)
 
     def of(self, node: int) -> Context:
         """Return a client's context, the same until `settle`."""
         if node not in self._open:
             state = flower.tree_to_state(self.tree(node))
             self._open[node] = context_of(
-                self.names[node], node, self._partitions[node], len(self.names), state, self.run_config
+                self.names[node], node, self.names.place(node), len(self.names), state, self.run_config
             )
         return self._open[node]
 
@@ -56,10 +56,6 @@ class ClientContexts:
         """Take a client's new state."""
         self._replace(node, self._slab.put(tree) if tree else None)
 
-    def begin(self, node: int) -> None:
-        """Take note of a client's state before a call of it, for `restore`."""
-        self._before.setdefault(node, self._kept.get(node))
-
     def states(self) -> dict[str, Any]:
         """Return the states of the clients that keep any, by name; as valid as `tree`."""
         return {self.names[node]: kept.tree for node, kept in self._kept.items()}
@@ -70,7 +66,7 @@ class ClientContexts:
             self.put(flower.node_id(name), tree)
 
     def remember(self) -> Mapping[int, Kept | None]:
-        """Begin to take note of states anew, and return where they will be: for `restore`."""
+        """Begin to take note anew of states that change, and return where they will be: for `restore`."""
         for node, kept in self._before.items():
             if kept is not None and kept is not self._kept.get(node):
                 self._slab.free(kept)
@@ -79,12 +75,15 @@ class ClientContexts:
 
     def restore(self, before: Mapping[int, Kept | None]) -> None:
         """Put the states back that `remember` returned."""
+        self._open.clear()
         for node, kept in before.items():
-            self._open.pop(node, None)
             self._replace(node, kept)
 
     def _replace(self, node: int, kept: Kept | None) -> None:
         old = self._kept.pop(node, None)
+        if old is None and kept is None:
+            return
+        self._before.setdefault(node, old)
         if kept is not None:
             self._kept[node] = kept
         # What may have to be put back keeps its room.

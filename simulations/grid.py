@@ -41,7 +41,7 @@ class VirtualGrid(RoundGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids of all virtual clients."""
-        return list(self.names)
+        return self.names.ids
 
     def virtual_time(self) -> float | None:
         """Return the clients' time, the median client's training being 1; None where it would only count exchanges."""
@@ -124,5 +124,4 @@ class VirtualGrid(RoundGrid):
 
     def _call(self, message: Message) -> Call:
         node = message.metadata.dst_node_id
-        self._contexts.begin(node)
         return Call(client=self.names[node], node=node, message=message, contexts=self._contexts)

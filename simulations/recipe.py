@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,24 @@ from .federation import Federation, flower_federation, virtual_federation
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Picklable. `key` is the run's secret: a worker is the same owner's process, on the same machine."""
+    """Picklable. `key` is the run's secret: a worker is the same owner's process, on the same machine.
+
+    `gpus` is how many GPUs the workers share out among them; 0 where they train on the device that is named.
+    """
 
     tables: dict[str, Any]
     folder: Path | None
     data: Pool | None
     plan: Plan
     key: Key
+    gpus: int = 0
+
+    def placed(self, place: int) -> Recipe:
+        """Return the recipe of the worker with this number: of several GPUs it trains on one."""
+        if self.gpus < 2:
+            return self
+        train = {**self.tables["train"], "device": f"cuda:{place % self.gpus}"}
+        return replace(self, tables={**self.tables, "train": train})
 
     @property
     def isolate(self) -> bool:

@@ -122,6 +122,7 @@ class Simulation:
             key=assembly.key,
             grid=grid,
             clients=grid.names,
+            population=lambda round: grid.names.ids,
             accounts=assembly.accounts,
             guarantee=guarantee,
             initial=federation.initial,

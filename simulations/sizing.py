@@ -13,11 +13,13 @@ FLOPS = 2e10
 DEFAULT_RECORDS = 100
 
 
-def worker_count(experiment: Experiment, *, clients: int, records: int, parameters: int, device: str) -> int:
+def worker_count(
+    experiment: Experiment, *, clients: int, records: int, parameters: int, device: str, gpus: int = 0
+) -> int:
     """Return how many processes train: 1 means in this process.
 
     `records` is the number of training records of all clients, 0 where it is not known. "auto" is one a core when the
-    estimated work (steps, and six operations for each parameter and record) is worth starting them; on a GPU, one.
+    estimated work (steps, and six operations for each parameter and record) is worth starting them; on GPUs, one each.
     """
     wanted = experiment.simulation.workers
     if wanted != "auto":
@@ -25,7 +27,7 @@ def worker_count(experiment: Experiment, *, clients: int, records: int, paramete
     sampled = experiment.clients.per_round if experiment.clients.sampling != "all" else None
     cohort = min(sampled or clients, clients)
     if device != "cpu" or cohort < 2:
-        return 1
+        return max(1, min(gpus, cohort))
     train = experiment.train
     per_client = train.epochs * (records / clients if records else DEFAULT_RECORDS)
     steps = max(1.0, per_client / train.batch_size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ import torch
 
 from ..core.errors import InputError
 from ..core.keys import Key
-from .pool import Pool, counts_of, ends_of
+from ..core.names import Numbered
+from .pool import Pool, counts_of
 from .tables import nearest
 from .task import Examples, SiteData
 
@@ -72,20 +72,13 @@ def partition(
     groups = _groups(pool.targets.tolist(), holders, partitioner, count, seed, options)
     trains = [[index for index in group if index < border] for group in groups]
     tests = [[index for index in group if index >= border] for group in groups]
-    clients = Pool(
-        names=tuple(client_names(len(groups))),
-        train=pool.select(list(itertools.chain.from_iterable(trains))),
-        test=pool.select(list(itertools.chain.from_iterable(tests))),
-        train_ends=ends_of(list(map(len, trains))),
-        test_ends=ends_of(list(map(len, tests))),
-    )
+    clients = Pool.dealt(pool, client_names(len(groups)), trains, tests)
     return _checked(clients, "clients.partitioner")
 
 
-def client_names(count: int) -> list[str]:
+def client_names(count: int) -> Sequence[str]:
     """Return "client-0001" and so on: padded, so that the order by name is the order by number."""
-    width = max(4, len(str(count)))
-    return [f"client-{number:0{width}d}" for number in range(1, count + 1)]
+    return Numbered(count)
 
 
 def partitioners() -> tuple[str, ...]:

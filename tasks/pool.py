@@ -7,8 +7,10 @@ more memory than small records do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.names import ByName, Places
 from .task import Examples, SiteData
 
 
@@ -46,6 +49,38 @@ class Pool(Mapping[str, SiteData]):
             test_ends=ends_of([len(part) for part in tests]),
         )
 
+    @classmethod
+    def dealt(
+        cls, records: Examples, names: Sequence[str], trains: Sequence[Sequence[int]], tests: Sequence[Sequence[int]]
+    ) -> Pool:
+        """Return the pool whose k-th client trains on the rows `trains[k]` of records, and is tested on `tests[k]`."""
+        ends = [ends_of(list(map(len, each))) for each in (trains, tests)]
+        pool = cls.room(names, *ends, inputs=records.inputs, targets=records.targets)
+        for part, rows in ((pool.train, trains), (pool.test, tests)):
+            chosen = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
+            torch.index_select(records.inputs, 0, chosen, out=part.inputs)
+            torch.index_select(records.targets, 0, chosen, out=part.targets)
+        return pool
+
+    @classmethod
+    def room(
+        cls,
+        names: Sequence[str],
+        train_ends: NDArray[np.int64],
+        test_ends: NDArray[np.int64],
+        *,
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> Pool:
+        """Return a pool to be filled with records of the shape and type of these [n, ...], whatever it holds before.
+
+        It lies in shared memory where there is enough of it, so that no copy is made when it is shared.
+        """
+        train, test = (
+            Examples(_room(int(ends[-1]), inputs), _room(int(ends[-1]), targets)) for ends in (train_ends, test_ends)
+        )
+        return Pool(names=names, train=train, test=test, train_ends=train_ends, test_ends=test_ends)
+
     def __getitem__(self, name: str) -> SiteData:
         place = self.places[name]
         return SiteData(
@@ -61,7 +96,7 @@ class Pool(Mapping[str, SiteData]):
     @cached_property
     def places(self) -> Mapping[str, int]:
         """Each client's number, by its name."""
-        return {name: place for place, name in enumerate(self.names)}
+        return Places(self.names)
 
     def share(self) -> Self:
         """Move the records into shared memory, which other processes map instead of copying; return the pool."""
@@ -74,11 +109,11 @@ class Pool(Mapping[str, SiteData]):
         return {name: value for name, value in vars(self).items() if name != "places"}
 
 
-def counts_of(data: Mapping[str, SiteData]) -> tuple[dict[str, int], dict[str, int]]:
+def counts_of(data: Mapping[str, SiteData]) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """Return each client's numbers of training and of test records."""
     if isinstance(data, Pool):
-        trains, tests = np.diff(data.train_ends).tolist(), np.diff(data.test_ends).tolist()
-        return dict(zip(data, trains, strict=True)), dict(zip(data, tests, strict=True))
+        trains, tests = np.diff(data.train_ends), np.diff(data.test_ends)
+        return ByName.counts(data.names, trains), ByName.counts(data.names, tests)
     return (
         {name: len(site.train) for name, site in data.items()},
         {name: len(site.test) for name, site in data.items()},
@@ -115,7 +150,15 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     # torch.cat would make one type of several, and leave empty tensors of another shape out.
     if len({(tensor.dtype, tensor.shape[1:]) for tensor in tensors}) != 1:
         raise ValueError("the clients' records are not all of one shape and type")
-    return torch.cat(list(tensors))
+    return torch.cat(list(tensors), out=_room(sum(map(len, tensors)), tensors[0]))
+
+
+def _room(count: int, like: Tensor) -> Tensor:
+    room = torch.empty((count, *like.shape[1:]), dtype=like.dtype)
+    # Containers often have little of it, and who trains in one process needs none.
+    with suppress(RuntimeError):
+        room.share_memory_()
+    return room
 
 
 def _between(whole: Examples, ends: NDArray[np.int64], place: int) -> Examples:

@@ -24,7 +24,7 @@ from .classification import Classification
 from .models import check_model, logistic, mlp
 from .partition import client_names
 from .pool import Pool, ends_of
-from .task import Examples, SiteData, check_folds, is_test
+from .task import SiteData, check_folds, is_test
 
 BLOCK = 1 << 19  # numbers drawn at once, to bound memory
 BOUND = 3.0
@@ -97,32 +97,27 @@ class Synthetic(Classification):
     def _pool(self, clients: range) -> Pool:
         # The number and not the name: a name's padding depends on how many clients there are.
         records = range(self._records)
-        test = np.array(
-            [
-                [is_test(f"{number}/{index}", fold=self._fold, folds=self._folds) for index in records]
-                for number in clients
-            ]
+        held = (
+            is_test(f"{number}/{index}", fold=self._fold, folds=self._folds) for number in clients for index in records
         )
-        parts = {}
-        for name, mask in (("train", ~test), ("test", test)):
-            inputs = np.empty((int(mask.sum()), self._features), np.float32)
-            parts[name] = inputs, np.empty(len(inputs), np.int64), mask, ends_of(mask.sum(axis=1))
+        test = np.fromiter(held, np.bool_, len(clients) * len(records)).reshape(len(clients), len(records))
+        pool = Pool.room(
+            self._names if len(clients) == len(self._names) else self._names[clients.start : clients.stop],
+            ends_of(np.count_nonzero(~test, axis=1)),
+            ends_of(np.count_nonzero(test, axis=1)),
+            inputs=torch.empty(0, self._features),
+            targets=torch.empty(0, dtype=torch.int64),
+        )
+        parts = [(pool.train, ~test, pool.train_ends), (pool.test, test, pool.test_ends)]
         each = self._records * self._features + self._features * len(self.classes)
         size = max(1, BLOCK // each)
         for start in range(0, len(clients), size):
             stop = min(start + size, len(clients))
             drawn, labels = self._draw(clients[start:stop])
-            for inputs, targets, mask, ends in parts.values():
-                inputs[ends[start] : ends[stop]] = drawn[mask[start:stop]]
-                targets[ends[start] : ends[stop]] = labels[mask[start:stop]]
-        train, test_part = parts["train"], parts["test"]
-        return Pool(
-            names=tuple(self._names[clients.start : clients.stop]),
-            train=_examples(*train[:2]),
-            test=_examples(*test_part[:2]),
-            train_ends=train[3],
-            test_ends=test_part[3],
-        )
+            for part, mask, ends in parts:
+                part.inputs.numpy()[ends[start] : ends[stop]] = drawn[mask[start:stop]]
+                part.targets.numpy()[ends[start] : ends[stop]] = labels[mask[start:stop]]
+        return pool
 
     def _draw(self, clients: range) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         numbers = np.arange(clients.start, clients.stop, dtype=np.uint64)[:, None]
@@ -147,10 +142,6 @@ class Synthetic(Classification):
         for part in parts:
             state = _mix(state + (part + np.uint64(1)) * _GOLDEN)
         return state
-
-
-def _examples(inputs: NDArray[np.float32], targets: NDArray[np.int64]) -> Examples:
-    return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
 def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:

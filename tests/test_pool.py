@@ -120,3 +120,21 @@ def test_clients_that_cannot_be_pooled_are_served_in_this_process(tiny, tmp_path
 def test_sizes_may_be_as_they_come():
     ends = Pool.of({"a": SiteData(train=part(0, 0), test=part(0, 0))}).train_ends
     np.testing.assert_array_equal(ends, [0, 0])
+
+
+def test_a_room_lies_in_shared_memory_and_takes_any_record(monkeypatch):
+    like = part(1, 0)
+    pool = Pool.room(("a", "b"), np.array([0, 2, 3]), np.array([0, 0, 1]), inputs=like.inputs, targets=like.targets)
+    assert pool.train.inputs.is_shared() and pool.train.inputs.shape == (3, 2) and pool.test.targets.shape == (1,)
+    before = pool.train.inputs.data_ptr()
+    assert pool.share().train.inputs.data_ptr() == before, "it is shared without a copy"
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: (_ for _ in ()).throw(RuntimeError("no space")))
+    alone = Pool.room(("a",), np.array([0, 2]), np.array([0, 1]), inputs=like.inputs, targets=like.targets)
+    assert alone.train.inputs.shape == (2, 2) and not alone.train.inputs.is_shared()
+
+
+def test_records_are_dealt_out_by_their_rows():
+    records = part(6, 0)
+    pool = Pool.dealt(records, ("a", "b"), [[4, 0], [5]], [[], [1, 3]])
+    assert same(pool["a"].train, records.select([4, 0])) and same(pool["b"].train, records.select([5]))
+    assert len(pool["a"].test) == 0 and same(pool["b"].test, records.select([1, 3]))

@@ -75,9 +75,7 @@ def test_a_round_is_put_back_however_often_it_is_tried(tmp_path):
     for attempt in range(5):
         before = contexts.remember()
         for node in (a, c):
-            contexts.begin(node)
             contexts.put(node, tree(10.0 + attempt))
-            contexts.begin(node)
             contexts.put(node, tree(20.0 + attempt))
         same(contexts.tree(a), tree(20.0 + attempt))
         same(contexts.tree(c), tree(20.0 + attempt))
@@ -100,7 +98,6 @@ def test_rounds_that_end_well_take_no_more_room_than_population_and_cohort(tmp_p
     for round in range(50):
         contexts.remember()
         for node in nodes:
-            contexts.begin(node)
             contexts.put(node, tree(float(round)))
             rooms.add(contexts._kept[node].room.ctypes.data)
     for node in nodes:
@@ -120,6 +117,13 @@ def test_a_context_is_the_same_until_it_is_settled_and_its_state_lasts(tmp_path)
     contexts.of(node).state = flower.tree_to_state({})
     contexts.settle(node)
     assert contexts.states() == {}
+
+
+def test_a_client_that_keeps_nothing_takes_no_note():
+    contexts = ClientContexts(NAMES)
+    for node in contexts.names:
+        contexts.put(node, {})
+    assert not contexts._before
 
 
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):

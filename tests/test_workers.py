@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import pytest
 import bract
 from bract.core.errors import InputError
 from bract.experiment import Experiment
-from bract.server.events import ClientFailed, ClientReplied
+from bract.server.events import ClientFailed, ClientReplied, RoundFinished
 from bract.simulations.executors.orders import Dealing, Order
+from bract.simulations.recipe import Recipe
 from bract.simulations.sizing import cores, worker_count
 
 PRIVATE = {"privacy.unit": "record", "privacy.noise_multiplier": 4.0, "experiment.rounds": 2}
@@ -200,3 +202,23 @@ def test_without_lengths_orders_are_dealt_as_they_come():
     assert [order.number for chunk in chunks for order in chunk] == list(range(20))
     assert [len(chunk) for chunk in chunks][:3] == [5, 3, 3]
     assert list(Dealing().chunks([], 2)) == []
+
+
+def test_workers_go_round_the_gpus_and_one_that_is_replaced_takes_its_place(tiny, tmp_path, monkeypatch):
+    recipe = Recipe(tables=tiny().model_dump(), folder=None, data=None, plan=None, key=None, gpus=3)  # type: ignore[arg-type]
+    devices = [recipe.placed(place).tables["train"]["device"] for place in range(4)]
+    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert replace(recipe, gpus=1).placed(1).tables == tiny().model_dump(), "one GPU is the one that is named"
+    assert worker_count(tiny(), clients=9, records=9, parameters=9, device="cuda", gpus=4) == 4
+    assert worker_count(tiny(), clients=3, records=9, parameters=9, device="cuda", gpus=4) == 3
+    places, killed = [], []
+    monkeypatch.setattr(Recipe, "placed", lambda self, place: places.append(place) or self)
+
+    def kill(event):
+        if isinstance(event, RoundFinished) and not killed:
+            # The first that was started.
+            killed.append(next(pid for pid in sorted(children()) if _is_worker(pid)))
+            os.kill(killed[0], signal.SIGKILL)
+
+    bract.simulate(tiny(**{"simulation.workers": 2}), out=tmp_path / "run", listeners=[kill])
+    assert places == [0, 1, 0]

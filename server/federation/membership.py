@@ -176,7 +176,7 @@ class Membership:
             replace(plan, mechanisms={}), rounds=run.rounds, epsilon_budget=experiment.privacy.epsilon_budget
         )
 
-    def _calibrated(self, members: Sequence[Member], emit: Listener) -> dict[str, RecordLevelPlan]:
+    def _calibrated(self, members: Sequence[Member], emit: Listener) -> Mapping[str, RecordLevelPlan]:
         if self._update != "dp-sgd":
             return {}
         return record_level_plans(self._experiment, {member.name: member.records for member in members}, emit)

@@ -150,8 +150,11 @@ class RayCluster:
             self._connected = True
         # Put once, not sent to each.
         recipe = ray.put(self._recipe)
-        made = ray.remote(num_cpus=1)(Actor)
-        count = self._count or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        there = ray.cluster_resources()
+        gpus = int(there.get("GPU", 0)) if self._recipe.gpus else 0
+        count = self._count or max(1, gpus or int(there.get("CPU", 1)))
+        # Ray shows each actor its own GPU alone, which is then its first.
+        made = ray.remote(num_cpus=1, num_gpus=min(1.0, gpus / count))(Actor)
         self._actors = [made.remote(recipe) for _ in range(count)]
 
 

@@ -7,6 +7,7 @@ depends on the number of workers.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import pickle
 import sys
@@ -42,6 +43,7 @@ class _Worker:
 
     process: BaseProcess
     connection: Connection
+    place: int
     contents: set[int] = field(default_factory=set)
     exchange: int = 0
     asked: deque[Orders] = field(default_factory=deque)
@@ -226,11 +228,13 @@ class WorkerPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         here, there = context.Pipe()
-        process = context.Process(target=work, args=(there, self._recipe), daemon=True)
+        taken = {worker.place for worker in self._workers}
+        place = next(number for number in itertools.count() if number not in taken)
+        process = context.Process(target=work, args=(there, self._recipe.placed(place)), daemon=True)
         with _nameless_main():
             process.start()
         there.close()
-        return _Worker(process=process, connection=here)
+        return _Worker(process=process, connection=here, place=place)
 
     def _end(self, worker: _Worker) -> None:
         worker.connection.close()

@@ -11,6 +11,7 @@ from typing import Any
 
 from ....core import flower
 from ....core.keys import Key
+from ....core.names import ByName
 from ....core.parameters import Layout
 from ....experiment import Experiment
 from ....privacy.client_level import ClientLevelPlan
@@ -79,7 +80,7 @@ class ClientSubject:
             experiment=self.experiment,
             plan=self.plan.aggregate,
             strategy=self.strategy,
-            names=self.federation.names,
+            names=tuple(self.federation.names),
             initial=self.federation.initial,
             layout=self.layout,
         )
@@ -158,7 +159,7 @@ def client_subject_of(experiment: Experiment, *, task: Task | None = None) -> Cl
     counts = {name: len(site.train) for name, site in data.items()}
     plan = make_plan(
         experiment,
-        counts or dict.fromkeys(client_names(experiment.clients.count or 1), 0),
+        counts or ByName.alike(client_names(experiment.clients.count or 1), 0),
         len(task.classes) if task else 2,
         lambda event: None,
         coordinates=travelling_size(experiment, task, strategy),

@@ -23,7 +23,7 @@ from .gate import Gate, kept_of
 from .kernels import sequential
 from .kernels.kernel import KERNELS
 from .local_model import LocalModel
-from .owner import Site
+from .owner import Content, Site
 from .training import LocalTraining
 
 PERSONAL = "personal"
@@ -44,7 +44,7 @@ def client_app(
         site = sites[str(context.node_config["name"])]
         shared, received = gate.admit(message), gate.admit_beside(message)
         kept = kept_of(context.state, (PERSONAL, *rule.keeps))
-        key = site.message_key("train", _config(message), {"shared": shared, **received}, kept)
+        key = site.message_key("train", _config(message), _contents({"shared": shared, **received}), _contents(kept))
         state = {name: kept[name] for name in rule.keeps if name in kept}
         records = site.data.train
         model.load(shared, kept.get(PERSONAL))
@@ -103,7 +103,7 @@ def client_app(
             model, task.probabilities, site.data.test.inputs, classes=site.evaluation.classes, hide=hide
         )
         counts = histogram(probabilities, site.data.test.targets, site.evaluation)
-        key = site.message_key("evaluate", _config(message), {"shared": shared}, kept)
+        key = site.message_key("evaluate", _config(message), _contents({"shared": shared}), _contents(kept))
         return gate.release_histogram(message, release(counts, site.evaluation, key.stream()))
 
     return app
@@ -111,6 +111,10 @@ def client_app(
 
 def _config(message: Message) -> Mapping[str, Any]:
     return message.content["config"]
+
+
+def _contents(records: Mapping[str, Arrays]) -> dict[str, Content]:
+    return {name: Content(arrays) for name, arrays in records.items()}
 
 
 def _noised(plan: LocalPlan, gate: Gate, received: Arrays, update: Arrays, key: Key) -> dict[str, NDArray[np.generic]]:

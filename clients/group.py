@@ -17,6 +17,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from ..core.errors import RunError
+from ..core.keys import Key
 from ..core.parameters import Arrays
 from ..privacy.release import histogram, release
 from ..strategies.fedavg import COUNT_KEY
@@ -26,8 +27,9 @@ from ..tasks.task import Task
 from .gate import HISTOGRAM_KEY, Gate, public_words
 from .kernels import sequential, stacked
 from .kernels.kernel import KERNELS
+from .kernels.stack_form import Form
 from .local_model import LocalModel
-from .owner import Owners, plain_key
+from .owner import Content, Owners, plain_key, private_key
 from .pooled_evaluation import histograms
 from .training import LocalTraining
 
@@ -67,7 +69,9 @@ class ClientGroup:
         longest: int,
     ) -> None:
         self._owners, self._task, self._training, self._model, self._gate = owners, task, training, model, gate
-        self._form = stacked.Form.of(model, training, next(iter(owners.data.values())).train, longest)
+        like, first = next(iter(owners.data.values())).train, next(iter(owners.data))
+        self._private = owners.plan_of(first) is not None
+        self._form = Form.of(model, training, like, longest, private=self._private)
 
     @property
     def nbytes(self) -> int:
@@ -82,10 +86,9 @@ class ClientGroup:
 
     @property
     def _evaluates_together(self) -> bool:
-        # Where a client by itself trains otherwise too, up to rounding; noise is each client's own.
-        plan = self._owners.evaluation
-        exact = plan is not None and plan.epsilon is None
-        return exact and self._training.kernel == "stacked" and isinstance(self._owners.data, Pool)
+        # Where a client by itself trains otherwise too, up to rounding.
+        together = self._owners.evaluation is not None and isinstance(self._owners.data, Pool)
+        return together and self._training.kernel == "stacked"
 
     def answers(
         self, kind: str, content: RecordDict, names: Sequence[str], *, fold: Fold | None, total: Total | None
@@ -93,7 +96,7 @@ class ClientGroup:
         """Yield the clients' answers to messages of one content, in order; a sum's updates are added to its total."""
         # What is wrong with the content is so for each of them.
         try:
-            shared = self._gate.admit_arrays(content)
+            shared = Content(self._gate.admit_arrays(content))
         except Exception as error:
             for name in names:
                 yield _failed(name, error)
@@ -118,12 +121,12 @@ class ClientGroup:
             yield found._replace(seconds=time.perf_counter() - began)
 
     def _trained(
-        self, name: str, shared: Arrays, config: Mapping[str, Any], fold: Fold | None, total: Total | None
+        self, name: str, shared: Content, config: Mapping[str, Any], fold: Fold | None, total: Total | None
     ) -> Answer:
         site, model = self._owners[name], self._model
         key = site.message_key("train", config, {"shared": shared}, {})
         records = site.data.train
-        model.load(shared)
+        model.load(shared.arrays)
         KERNELS[self._training.kernel](
             model, self._task.loss, records, self._training, plan=site.plan, key=key, hide=site.hide
         )
@@ -140,7 +143,7 @@ class ClientGroup:
         return Answer(numbers, summed=True, fold_seconds=time.perf_counter() - began)
 
     def _trained_in_stacks(
-        self, names: Sequence[str], shared: Arrays, config: Mapping[str, Any], fold: Fold | None, total: Total | None
+        self, names: Sequence[str], shared: Content, config: Mapping[str, Any], fold: Fold | None, total: Total | None
     ) -> Iterator[Answer]:
         _, _, sizes = rows_of(self._owners.data, names, "train")
         # A stack takes as many steps as its longest client, so those of one length go together.
@@ -153,16 +156,12 @@ class ClientGroup:
             yield found[place]
 
     def _trained_together(
-        self, names: Sequence[str], shared: Arrays, config: Mapping[str, Any], fold: Fold | None, total: Total | None
+        self, names: Sequence[str], shared: Content, config: Mapping[str, Any], fold: Fold | None, total: Total | None
     ) -> Iterator[Answer]:
         began = time.perf_counter()
-        self._model.load(shared)
-        examples, begins, sizes = rows_of(self._owners.data, names, "train")
-        keys = [plain_key(self._owners.key_of(name), "train", config) for name in names]
+        self._model.load(shared.arrays)
         try:
-            rows = stacked.train(
-                self._model, self._task.loss, examples, begins, sizes, self._training, self._form, keys=keys
-            )
+            rows, sizes = self._rows(names, shared, config)
         except Exception:  # what one client's records raise is no other's failure
             yield from self._each(names, lambda name: self._trained(name, shared, config, fold, total))
             return
@@ -180,21 +179,43 @@ class ClientGroup:
             else:
                 yield from self._each([name], partial(self._answer, row, known, error))
 
+    def _key(self, name: str, purpose: str, shared: Content, config: Mapping[str, Any]) -> Key:
+        """Return the key that the client's site would answer with (`Site.message_key`)."""
+        key = self._owners.key_of(name)
+        if self._private:
+            return private_key(key, purpose, config, {"shared": shared}, {})
+        return plain_key(key, purpose, config)
+
+    def _rows(
+        self, names: Sequence[str], shared: Content, config: Mapping[str, Any]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return what a stack makes of the clients' models [clients, size], and their numbers of records [clients]."""
+        examples, begins, sizes = rows_of(self._owners.data, names, "train")
+        keys = [self._key(name, "train", shared, config) for name in names]
+        known = self._model, self._task.loss, examples, begins
+        if not self._private:
+            return stacked.train(*known, sizes, self._training, self._form, keys=keys), sizes
+        from .kernels import private_stack
+
+        plans = [plan for name in names if (plan := self._owners.plan_of(name)) is not None]
+        return private_stack.train(*known, self._training, self._form, keys=keys, plans=plans), sizes
+
     def _answer(self, row: NDArray[np.floating[Any]], numbers: Numbers, error: RunError | None, name: str) -> Answer:
         return Answer(numbers, arrays=self._checked(row)) if error is None else self._refused(row, error)
 
-    def _evaluated_together(self, names: Sequence[str], shared: Arrays, config: Mapping[str, Any]) -> Iterator[Answer]:
+    def _evaluated_together(self, names: Sequence[str], shared: Content, config: Mapping[str, Any]) -> Iterator[Answer]:
         began, plan = time.perf_counter(), self._owners.evaluation
         assert plan is not None
-        self._model.load(shared)
+        self._model.load(shared.arrays)
         try:
             found = histograms(self._model, self._task, *rows_of(self._owners.data, names, "test"), plan)
         except Exception:  # what one client's records raise is no other's failure
             yield from self._each(names, lambda name: self._evaluated(name, shared, config))
             return
-        seconds = (time.perf_counter() - began) / len(names)
-        for counts in found.tolist():
-            yield Answer({HISTOGRAM_KEY: counts}, seconds=seconds)
+        for name, counts in zip(names, found, strict=True):
+            released = release(counts, plan, self._key(name, "evaluate", shared, config).stream())
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            yield Answer({HISTOGRAM_KEY: released.tolist()}, seconds=seconds)
 
     def _checked(self, row: NDArray[np.floating[Any]]) -> Arrays:
         arrays = self._gate.layout.unflatten(row.astype(np.float64))
@@ -209,11 +230,11 @@ class ClientGroup:
     def _weight(self, records: int) -> int:
         return 1 if self._gate.withhold_counts else records
 
-    def _evaluated(self, name: str, shared: Arrays, config: Mapping[str, Any]) -> Answer:
+    def _evaluated(self, name: str, shared: Content, config: Mapping[str, Any]) -> Answer:
         site = self._owners[name]
         if site.evaluation is None:
             raise RunError("metrics-withheld", "metrics are withheld")
-        self._model.load(shared)
+        self._model.load(shared.arrays)
         inputs, targets = site.data.test.inputs, site.data.test.targets
         probabilities = sequential.predict(
             self._model, self._task.probabilities, inputs, classes=site.evaluation.classes

@@ -19,6 +19,7 @@ from .training import LocalTraining
 
 if TYPE_CHECKING:
     from ..privacy.dpsgd.noised_sum import NoisedSum
+    from .kernels.private_stack import PrivateStack
     from .kernels.program import Program
     from .kernels.recorded_passes import RecordedPass
     from .kernels.stacked import Stack
@@ -76,6 +77,7 @@ class LocalModel:
         self.noised_sum: NoisedSum | None = None
         # Likewise by the stacked kernel.
         self.stacks: dict[tuple[object, ...], Stack | None] = {}
+        self.private_stacks: dict[tuple[object, ...], PrivateStack | None] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:

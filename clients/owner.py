@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from ..core.keys import Key
@@ -32,10 +33,46 @@ class Owners(Protocol):
     def key_of(self, name: str) -> Key:
         """Return an owner's key."""
 
+    def plan_of(self, name: str) -> RecordLevelPlan | None:
+        """Return what noises each of an owner's steps."""
+
+
+class Content:
+    """Arrays that one or many messages bring; hashed once, however many clients they are sent to."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of names, types, shapes and values."""
+        return digest(self.arrays)
+
 
 def plain_key(key: Key, purpose: str, config: Mapping[str, Any]) -> Key:
     """Return an owner's key for a message, where no noise comes from it."""
     return key.child(purpose, int(config["server-round"]))
+
+
+def private_key(
+    key: Key,
+    purpose: str,
+    config: Mapping[str, Any],
+    received: Mapping[str, Content],
+    kept: Mapping[str, Content],
+) -> Key:
+    """Return an owner's key for a message, where noise comes from it: it follows from all that the round starts from.
+
+    The same round from elsewhere then draws other batches and other noise, a repeated round from the same place the
+    same ones.
+    """
+    # The same noise over two models' gradients would reveal their difference, and the server's word that a model
+    # is the same is not enough.
+    key = plain_key(key, purpose, config).child(str(config.get("model-version", "")))
+    for origin, contents in (("received", received), ("kept", kept)):
+        for name in sorted(contents):
+            key = key.child(origin, name, contents[name].digest)
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +96,13 @@ class Site:
         self,
         purpose: str,
         config: Mapping[str, Any],
-        received: Mapping[str, Arrays],
-        kept: Mapping[str, Arrays],
+        received: Mapping[str, Content],
+        kept: Mapping[str, Content],
     ) -> Key:
         """Return the key of all randomness with which a message is answered.
 
-        It follows from the round, and under privacy also from all that the round starts from: the model, what came
-        beside it, what the client kept. The same round from elsewhere then draws other batches and other noise, a
-        repeated round from the same place the same ones.
+        It follows from the round, and under privacy also from the model, what came beside it, and what the client kept.
         """
-        key = plain_key(self.key, purpose, config)
         if self.plan is None and self.local is None:
-            return key
-        # The same noise over two models' gradients would reveal their difference, and the server's word that a model
-        # is the same is not enough.
-        key = key.child(str(config.get("model-version", "")))
-        for origin, records in (("received", received), ("kept", kept)):
-            for name in sorted(records):
-                key = key.child(origin, name, digest(records[name]))
-        return key
+            return plain_key(self.key, purpose, config)
+        return private_key(self.key, purpose, config, received, kept)

@@ -27,7 +27,7 @@ def histograms(
 ) -> NDArray[np.int64]:
     """Return the counts [clients, cells] of records of a pool, the k-th client's being the `sizes[k]` from `begins[k]`.
 
-    They are exact: for a plan without an epsilon.
+    They are exact, whatever the plan.
     """
     ends = np.cumsum(sizes)
     rows = np.repeat(begins - (ends - sizes), sizes) + np.arange(ends[-1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -82,6 +82,41 @@ class _Scratch(NamedTuple):
         return cls(zeros, raw, np.empty(pairs, np.float32), np.empty(2 * pairs, np.float32))
 
 
+def single_rows(streams: Sequence[Stream], count: int) -> NDArray[np.float32]:
+    """Return `count` standard normal float32 of each stream [streams, count], together those of `single_normals`."""
+    if not streams or not 0 < count <= 2 * _PAIRS:
+        return np.array([stream.single_normals(count) for stream in streams], np.float32).reshape(len(streams), count)
+    half = -(-count // 2)
+    raw = np.frombuffer(b"".join(stream.bytes(12 * half) for stream in streams), np.uint8).reshape(len(streams), -1)
+    rows = np.empty((len(streams), 2 * half), np.float32)
+    words, angles = raw[:, : 8 * half].view("<i8"), raw[:, 8 * half :].view("<i4")
+    _box_muller(words, angles, np.empty(words.shape, np.float32), rows[:, :half], rows[:, half:])
+    return rows[:, :count]
+
+
+def _box_muller(
+    words: NDArray[np.int64],
+    angles: NDArray[np.int32],
+    radius: NDArray[np.float32],
+    cosines: NDArray[np.float32],
+    sines: NDArray[np.float32],
+) -> None:
+    """Write the normals of signed words into `cosines` and `sines`, using `radius`; all are of one shape."""
+    # Signed words: the processor turns them into floats several times as fast as unsigned ones.
+    np.copyto(radius, words, casting="unsafe")
+    # −2 ln |v / 2^63| = ln(2^126 / v²), without its infinity at 0.
+    radius *= radius
+    radius += np.float32(0.5)
+    np.divide(np.float32(2.0**126), radius, out=radius)
+    np.sqrt(np.log(radius, out=radius), out=radius)
+    np.copyto(sines, angles, casting="unsafe")
+    sines *= np.float32(np.pi * 2.0**-31)
+    np.cos(sines, out=cosines)
+    np.sin(sines, out=sines)
+    cosines *= radius
+    sines *= radius
+
+
 class Stream:
     """The AES-256-CTR key stream of one key; each call takes the next bytes of it."""
 
@@ -143,20 +178,8 @@ class Stream:
             size = min(2 * _PAIRS, count - first)
             half = -(-size // 2)
             self._cipher.update_into(zeros[: 12 * half], raw)
-            radius, cosines, sines = radii[:half], pair[:half], pair[half : 2 * half]
-            # Signed words: the processor turns them into floats several times as fast as unsigned ones.
-            np.copyto(radius, np.frombuffer(raw, "<i8", half), casting="unsafe")
-            # −2 ln |v / 2^63| = ln(2^126 / v²), without its infinity at 0.
-            radius *= radius
-            radius += np.float32(0.5)
-            np.divide(np.float32(2.0**126), radius, out=radius)
-            np.sqrt(np.log(radius, out=radius), out=radius)
-            np.copyto(sines, np.frombuffer(raw, "<i4", half, 8 * half), casting="unsafe")
-            sines *= np.float32(np.pi * 2.0**-31)
-            np.cos(sines, out=cosines)
-            np.sin(sines, out=sines)
-            cosines *= radius
-            sines *= radius
+            radii_words, angle_words = np.frombuffer(raw, "<i8", half), np.frombuffer(raw, "<i4", half, 8 * half)
+            _box_muller(radii_words, angle_words, radii[:half], pair[:half], pair[half : 2 * half])
             yield pair[:size]
 
     def bernoulli(self, count: int, rate: float) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ A worker process puts together the same one from the same recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..core.keys import Key
 from ..core.parameters import Layout
 from ..experiment import Experiment
 from ..privacy.dpsgd.independence import refuse_mixing
+from ..privacy.mechanism import RecordLevelPlan
 from ..privacy.release import EvaluationPlan
 from ..server.plan import Plan
 from ..server.traffic import Traffic, traffic_of
@@ -32,7 +33,7 @@ from ..server.trained_model import load_tensors_into, make_module
 from ..strategies.compression import Compression
 from ..strategies.local_rule import PLAIN
 from ..tasks.partition import client_names
-from ..tasks.pool import longest_of
+from ..tasks.pool import Pool, longest_of
 from ..tasks.task import SiteData, Task
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -49,7 +50,7 @@ class Federation:
 
     app: ClientApp
     group: ClientGroup | None = None
-    names: tuple[str, ...]
+    names: Sequence[str]
     initial: Arrays
     module: Callable[[Arrays], nn.Module]
     traffic: Traffic
@@ -98,7 +99,11 @@ def virtual_federation(
         why = "each client keeps or sends something of its own, which a stack does not"
         raise experiment.conflict("simulation", "kernel", why=why)
     longest = longest_of(data)
-    together = Together(cohort=min(experiment.clients.per_round or len(data), len(data)), longest=longest)
+    together = Together(
+        cohort=min(experiment.clients.per_round or len(data), len(data)),
+        longest=longest,
+        plan=next(iter(plan.mechanisms.values()), None),
+    )
     kernel = choose_kernel(
         wanted,
         model,
@@ -129,7 +134,7 @@ def virtual_federation(
     return Federation(
         app=client_app(owners, task, training, model, gate),
         group=ClientGroup(owners, task, training, model, gate, longest=longest) if plain else None,
-        names=tuple(owners),
+        names=data.names if isinstance(data, Pool) else tuple(data),
         initial=model.shared_arrays(),
         module=loaded,
         device=str(model.device),
@@ -152,12 +157,15 @@ class _Owners(Mapping[str, Site]):
     def key_of(self, name: str) -> Key:
         return self._key.child("site", name)
 
+    def plan_of(self, name: str) -> RecordLevelPlan | None:
+        return self._plan.mechanisms.get(name)
+
     def __getitem__(self, name: str) -> Site:
         return Site(
             name=name,
             data=self.data[name],
             key=self.key_of(name),
-            plan=self._plan.mechanisms.get(name),
+            plan=self.plan_of(name),
             evaluation=self._plan.evaluation,
             local=self._plan.local,
         )
@@ -200,7 +208,7 @@ def flower_federation(experiment: Experiment, strategy: object | None = None) ->
     initial: Arrays = {name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
     return Federation(
         app=app,
-        names=tuple(client_names(experiment.clients.count or 1)),
+        names=client_names(experiment.clients.count or 1),
         initial=initial,
         module=lambda arrays: load_tensors_into(module, arrays),
         withholds_metrics=experiment.privacy.unit != "none",

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
-from bract.core.keys import Key, Stream
+from bract.core.keys import Key, Stream, single_rows
 
 KEY = Key.from_seed(1)
 
@@ -214,3 +214,14 @@ def test_a_small_sample_of_a_large_population_costs_by_the_sample(monkeypatch: p
     found = KEY.stream().sample(10**15, 1000)
     assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < 10**15
     assert sum(asked) < 3000
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 10, 4_096, 32_768, 32_769])
+def test_rows_of_many_streams_are_the_normals_of_each(count):
+    keys = [Key.from_seed(number) for number in range(5)]
+    together, alone = [key.stream() for key in keys], [key.stream() for key in keys]
+    for _ in range(2):
+        rows = single_rows(together, count)
+        assert rows.shape == (5, count)
+        assert rows.tobytes() == np.array([stream.single_normals(count) for stream in alone], np.float32).tobytes()
+    assert single_rows([], 3).shape == (0, 3)

@@ -8,69 +8,25 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import bract
-from bract.clients.kernels import kernel, sequential, stacked
+from bract.clients.kernels import kernel, sequential, stack_form, stacked
 from bract.clients.kernels.recording import NotRecordable
-from bract.clients.local_model import LocalModel
+from bract.clients.kernels.stack_form import Form
 from bract.clients.training import LocalTraining, reproducible
 from bract.core.errors import InputError
 from bract.core.keys import Key
 from bract.server.events import ClientFailed
 from bract.strategies.fedprox import FedProx
 from bract.strategies.local_rule import PLAIN
-from bract.tasks.task import Examples
 
-SIZES = np.array([1, 3, 9, 10, 11, 25, 30, 0, 20])
-BEGINS = np.concatenate([[0], np.cumsum(SIZES)])[:-1]
-TRAINING = LocalTraining(epochs=2, batch_size=10, learning_rate=0.05)
+from .stacks import BEGINS, MODELS, PLAN, SIZES, TRAINING, loss, records, resident
+
 STACKED = {"simulation.kernel": "stacked", "task.clients": 20}
 
 
-def loss(outputs, targets):
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def records(shape=(6,), classes=3, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    count = int(SIZES.sum())
-    return Examples(
-        torch.randn(count, *shape, generator=generator), torch.randint(classes, (count,), generator=generator)
-    )
-
-
-class Frozen(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.features, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-        self.features.requires_grad_(False)
-
-    def forward(self, inputs):
-        return self.head(torch.tanh(self.features(inputs)))
-
-
-MODELS = {
-    "logistic": (lambda: nn.Linear(6, 3), (6,)),
-    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (6,)),
-    "norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)), (6,)),
-    "images": (
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 3)
-        ),
-        (1, 8, 8),
-    ),
-    "frozen": (Frozen, (6,)),
-}
-
-
-def resident(make):
-    torch.manual_seed(0)
-    return LocalModel(make(), TRAINING)
-
-
 def form_of(model, data, longest=30):
-    return stacked.Form.of(model, TRAINING, data, longest)
+    return Form.of(model, TRAINING, data, longest)
 
 
 def train(model, data, places, round=0, training=TRAINING):
@@ -83,8 +39,14 @@ def by_reference(model, data, place, round=0):
     """Return what the sequential kernel makes of the module as it is, which is then put back."""
     before = [parameter.detach().clone() for parameter in model.module.parameters()]
     mine = slice(BEGINS[place], BEGINS[place] + SIZES[place])
-    part = Examples(data.inputs[mine], data.targets[mine])
-    sequential.train(model, loss, part, TRAINING, plan=None, key=Key.from_seed(place).child(round))
+    sequential.train(
+        model,
+        loss,
+        data.select(range(mine.start, mine.stop)),
+        TRAINING,
+        plan=None,
+        key=Key.from_seed(place).child(round),
+    )
     found = np.concatenate([array.reshape(-1) for array in model.shared_arrays().values()])
     with torch.no_grad():
         for parameter, value in zip(model.module.parameters(), before, strict=True):
@@ -161,16 +123,16 @@ def test_an_example_that_counts_otherwise_in_a_stack_is_found_out():
 
 def test_a_stack_is_as_wide_as_fits():
     data = records()
-    assert form_of(resident(MODELS["logistic"][0]), data) == stacked.Form(width=128, batch=10)
+    assert form_of(resident(MODELS["logistic"][0]), data) == Form(width=128, batch=10)
     assert form_of(resident(MODELS["logistic"][0]), data, longest=4).batch == 4
     assert form_of(resident(lambda: nn.Linear(6, 200_000)), data).width == 2
     large = LocalTraining(batch_size=10**9)
-    assert stacked.Form.of(resident(MODELS["logistic"][0]), large, data, 10**6).width == 2
+    assert Form.of(resident(MODELS["logistic"][0]), large, data, 10**6).width == 2
 
 
 def choose(wanted="auto", *, cohort=64, rule=PLAIN, make=MODELS["mlp"][0], private=False, **options):
     training = LocalTraining(batch_size=10, **options)
-    together = kernel.Together(cohort=cohort, longest=30) if cohort else None
+    together = kernel.Together(cohort=cohort, longest=30, plan=PLAN if private else None) if cohort else None
     return kernel.choose_kernel(
         wanted, resident(make), loss, records(), training, rule, private=private, together=together
     )
@@ -180,7 +142,13 @@ def test_auto_takes_it_for_small_models_in_large_cohorts_alone():
     assert choose() == "stacked"
     assert choose(cohort=63) == "traced"
     assert choose(cohort=None) == choose("stacked", cohort=None) == "traced", "a real client is by itself"
-    assert choose("stacked", cohort=2) == "stacked"
+    assert choose("stacked", cohort=2) == choose("stacked", cohort=2, private=True) == "stacked"
+    assert choose(private=True) == "stacked"
+    assert choose(private=True, cohort=63) == choose(private=True, cohort=None) == "traced"
+    assert choose(private=True, dp_engine="bookkeeping") == "traced"
+    wide = lambda: nn.Linear(6, 200)  # noqa: E731
+    assert choose(make=wide) == "stacked"
+    assert choose(make=wide, private=True) == "traced", "each example's gradient is written out"
     large = nn.Sequential(nn.Linear(6, 1000), nn.ReLU(), nn.Linear(1000, 100))
     assert choose(make=lambda: large) == "traced"
     assert choose(make=lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))) == "traced"
@@ -190,7 +158,9 @@ def test_auto_takes_it_for_small_models_in_large_cohorts_alone():
     ("options", "why"),
     [
         ({"momentum": 0.9}, "plain SGD"),
-        ({"private": True}, "record-level privacy"),
+        ({"private": True, "momentum": 0.9}, "plain SGD"),
+        ({"private": True, "dp_engine": "bookkeeping"}, "names what computes"),
+        ({"private": True, "make": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))}, "stack"),
         ({"rule": FedProx(mu=0.1).local_rule}, "corrects the gradients"),
         ({"make": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))}, "stack"),
     ],
@@ -207,11 +177,17 @@ def test_it_is_refused_where_it_is_asked_for_and_cannot_train(options, why):
         {"privacy.unit": "client", "privacy.noise_multiplier": 1.0},
         {"strategy.name": "flwr.serverapp.strategy:FedMedian"},
         {"clients.sampling": "poisson", "clients.per_round": 9, "train.epochs": 2},
+        {
+            "privacy.unit": "record",
+            "privacy.noise_multiplier": 1.0,
+            "clients.per_round": 9,
+            "clients.sampling": "fixed",
+        },
     ],
-    ids=["counted", "client level", "flower strategy", "cohorts"],
+    ids=["counted", "client level", "flower strategy", "cohorts", "record level"],
 )
 def test_one_two_and_three_processes_give_the_same_bytes(tiny, tmp_path, keys, monkeypatch):
-    monkeypatch.setattr(stacked, "_MOST", 4)
+    monkeypatch.setattr(stack_form, "_MOST", 4)
     keys = {**STACKED, **keys, "experiment.rounds": 2}
     results = [
         bract.simulate(tiny(**keys, **{"simulation.workers": count}), out=tmp_path / str(count)) for count in (1, 2, 3)

@@ -10,6 +10,7 @@ import torch
 
 from ...core.errors import InputError
 from ...privacy.dpsgd.passes import Loss
+from ...privacy.mechanism import RecordLevelPlan
 from ...strategies.local_rule import LocalRule, Untouched
 from ...tasks.task import Examples
 from ..local_model import LocalModel
@@ -17,6 +18,7 @@ from ..training import Kernel, LocalTraining
 from . import sequential, stacked, traced
 from .memory_format import memory_format
 from .recording import NotRecordable
+from .stack_form import Form
 
 # The largest batch on which a model is tried out: whoever asks for full batches may ask for millions.
 _TRIED = 32
@@ -27,10 +29,14 @@ KERNELS = {"sequential": sequential.train, "traced": traced.train, "stacked": tr
 
 @dataclass(frozen=True, kw_only=True)
 class Together:
-    """Clients whom one process trains: so many a round, of whom nobody has more than `longest` records."""
+    """Clients whom one process trains: so many a round, of whom nobody has more than `longest` records.
+
+    Under record-level privacy `plan` is that of one of them, who all clip alike.
+    """
 
     cohort: int
     longest: int
+    plan: RecordLevelPlan | None = None
 
 
 def choose_kernel(
@@ -48,21 +54,22 @@ def choose_kernel(
     """Return the kernel that trains a model on examples like these: a fixed rule, the same in every process.
 
     "auto" is on a processor the stacked one for small models in large cohorts, and else the traced one, wherever they
-    can train; of private steps it repeats those of book-keeping, to the last bit. `together` says of which clients a
-    process trains many at once; one by itself never takes the stacked one. `private` says that there is record-level
-    privacy, `place` where the kernel was asked for. Raises InputError where a kernel is asked for that cannot train.
+    can train; of one client's private steps the traced one repeats those of book-keeping, to the last bit. `together`
+    says of which clients a process trains many at once; one by itself never takes the stacked one. `private` says that
+    there is record-level privacy, `place` where the kernel was asked for. Raises InputError where a kernel is asked for
+    that cannot train.
     """
     # Found out in every process before it evaluates or trains, so that all of them round alike.
     memory_format(model, like.inputs)
     if wanted == "sequential":
         return "sequential"
     if private:
-        return _for_private_steps(wanted, model, like, training, together=together, place=place)
+        return _for_private_steps(wanted, model, loss, like, training, rule, together=together, place=place)
     reason = _unfit(training, rule)
     if reason is None and len(like):
         tries: list[tuple[Kernel, Callable[[], object]]] = []
         if together is not None:
-            form = stacked.Form.of(model, training, like, together.longest)
+            form = Form.of(model, training, like, together.longest)
             if wanted == "stacked" or (wanted == "auto" and form.pays(model, together.cohort)):
                 tries.append(("stacked", lambda: stacked.prepare(model, loss, training, like, form)))
         if wanted == "traced" or together is None or (wanted == "auto" and model.device.type == "cpu"):
@@ -80,11 +87,33 @@ def choose_kernel(
 
 
 def _for_private_steps(
-    wanted: str, model: LocalModel, like: Examples, training: LocalTraining, *, together: Together | None, place: str
+    wanted: str,
+    model: LocalModel,
+    loss: Loss,
+    like: Examples,
+    training: LocalTraining,
+    rule: LocalRule,
+    *,
+    together: Together | None,
+    place: str,
 ) -> Kernel:
-    if wanted == "stacked" and together is not None:
-        raise _refused(wanted, "record-level privacy clips each example's gradient, which a stack does not", place)
     from .dp_engines import dp_engine
+
+    if together is not None and together.plan is not None and wanted in ("auto", "stacked"):
+        form = Form.of(model, training, like, together.longest, private=True)
+        reason = _unfit(training, rule)
+        if training.dp_engine != "auto":
+            reason = "train.dp_engine names what computes the clipped sums"
+        if reason is None and (wanted == "stacked" or form.pays(model, together.cohort)):
+            from . import private_stack
+
+            try:
+                private_stack.prepare(model, loss, training, like, form, together.plan)
+                return "stacked"
+            except NotRecordable as error:
+                reason = str(error)
+        if wanted == "stacked":
+            raise _refused(wanted, reason or "", place)
 
     recorded = model.device.type == "cpu" and dp_engine(model, like.inputs[:2], training) == "bookkeeping"
     if wanted == "traced" and not recorded:

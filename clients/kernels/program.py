@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .recording import Operation, Recording, Value
+from .recording import NotRecordable, Operation, Recording, Value, record_call
 from .rewriting import overwriting, with_constants, without_aliases, without_the_unused
 from .stepping import with_steps
 
@@ -67,6 +67,22 @@ class RecordedCall:
         self.source, scope = _written(lean, wanted)
         exec(compile(self.source, "<recorded call>", "exec"), scope)
         self.call: Callable[[Tensor, Tensor], Tensor] = scope["step"]
+
+
+def recorded_call(
+    call: Callable[[Tensor, Tensor], Sequence[Tensor | None]], module: nn.Module, inputs: Tensor, targets: Tensor
+) -> RecordedCall:
+    """Return a call of a module that returns one tensor, recorded.
+
+    Raises NotRecordable if what it does follows from a batch's numbers, or from random ones, or whatever it raises.
+    """
+    recording = record_call(call, module, inputs, targets)
+    if not recording.same_steps(record_call(call, module, torch.zeros_like(inputs), targets)):
+        raise NotRecordable("the model does other things for other numbers")
+    recorded = RecordedCall(recording)
+    if recorded.draws:
+        raise NotRecordable("the model draws random numbers")
+    return recorded
 
 
 def _written(recording: Recording, result: Value | None = None) -> tuple[str, dict[str, Any]]:

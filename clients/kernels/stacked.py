@@ -23,39 +23,10 @@ from ..training import LocalTraining
 from . import sequential
 from .program import Program
 from .recording import NotRecordable, record
+from .stack_form import Form
 
-# Of what a stack's parameters, or one batch of it, may take, so that they stay near the processor.
-_NUMBERS = 2**20
-_MOST, _LEAST = 128, 2
-# Parameters of a model whose steps are so short that stacks of it pay for themselves.
-_SMALL = 2**14
-# How many clients must be there to fill a stack that pays for itself.
-_COHORT = 64
 # By how much of a step's length a stack's steps may differ from autograd's for one client, which round otherwise.
 _TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """How a stack is laid out: so many clients, each with so many examples in a batch."""
-
-    width: int
-    batch: int
-
-    @classmethod
-    def of(cls, model: LocalModel, training: LocalTraining, like: Examples, longest: int) -> Form:
-        """Return the form for examples like these, of which a client has `longest` at most.
-
-        A fixed rule, so that no result depends on how many clients a process trains at once.
-        """
-        batch = max(1, min(training.batch_size, longest))
-        numbers = max(1, model.layout.size, batch * like.inputs[:1].numel())
-        return cls(width=max(_LEAST, min(_MOST, _NUMBERS // numbers)), batch=batch)
-
-    def pays(self, model: LocalModel, cohort: int) -> bool:
-        """Return whether stacks are quicker than one client at a time: a fixed rule over public sizes."""
-        small = model.layout.size <= _SMALL and self.width >= _COHORT
-        return small and cohort >= _COHORT and model.device.type == "cpu"
 
 
 @dataclass(kw_only=True)

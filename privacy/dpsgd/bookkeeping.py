@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...core.errors import RunError
 from ...core.keys import Key, Stream
 from ..mechanism import RecordLevelPlan
+from .clipping import clip_factors
 from .gradients import Clean, Gradients, finite, unchanged
 from .noised_sum import NoisedSum
 from .passes import Hide, Loss, take_passes, trained_layers
@@ -160,7 +161,7 @@ class BookKeeping:
             )
         by_layer = self._gradients(losses, len(inputs))
         found = by_layer if self._plan.per_layer else [[each for own in by_layer for each in own]]
-        factors = self._private.factors([[_columns(own)] if own else [] for own in found])
+        factors = clip_factors([[_columns(own)] if own else [] for own in found], self._private.layer_norm)
         there = [factor for factor in factors if factor is not None]
         clean, parts = cleaning(there), self._private.parts
         for own, factor in zip(found, factors, strict=True):

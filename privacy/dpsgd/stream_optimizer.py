@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from ...core.errors import RunError
 from ...core.keys import Stream
 from ..mechanism import RecordLevelPlan
+from .clipping import clip_factors, layer_norm
 from .noised_sum import NoisedSum
-
-_MARGIN = 1e-5
-"""Norms are float32: a norm that rounding made too small must not let a gradient be longer than the clipping norm."""
 
 
 class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -44,9 +41,8 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         self._noise = noise
         self._deviation = plan.noise_deviation
         self._parameters = list(self.params)
-        # Layers whose norms are at most C / √L each keep a whole gradient's within C.
         self._layers = [list(layer) for layer in layers] if plan.per_layer else [self._parameters]
-        self._layer_norm = plan.clipping_norm / math.sqrt(len(self._layers))
+        self.layer_norm = layer_norm(plan, len(self._layers))
         self._correct = correct
         self._sum = NoisedSum(self._parameters) if summed is None else summed
         self.examples = 0
@@ -68,7 +64,8 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
         Raises RunError if some gradient has another number of rows than the pass has examples.
         """
         rows = [[self._rows(p) for p in layer] for layer in self._layers]
-        factors = self.factors([[sample for sample in samples if sample is not None] for samples in rows])
+        there = [[sample for sample in samples if sample is not None] for samples in rows]
+        factors = clip_factors(there, self.layer_norm)
         for layer, samples, factor in zip(self._layers, rows, factors, strict=True):
             for p, sample in zip(layer, samples, strict=True):
                 if sample is not None and factor is not None:
@@ -78,20 +75,6 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
                     p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
         for p in self._parameters:
             p.grad_sample = p.grad = None
-
-    def factors(self, layers: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
-        """Return what each example [n] of a pass is multiplied by, for each layer that is clipped on its own.
-
-        A layer is given as tensors [n, any] that have, row by row, the norms of the examples' gradients; none if the
-        loss did not reach it.
-        """
-        factors = [_clip_factors(list(rows), self._layer_norm) if rows else None for rows in layers]
-        there = [each for each in factors if each is not None]
-        if len(there) < 2:
-            return factors
-        # An example that is bad in one layer counts as zero in all of them.
-        sound = torch.stack(there).amin(dim=0) > 0
-        return [None if each is None else each * sound for each in factors]
 
     def _rows(self, p: nn.Parameter) -> Tensor | None:
         if self.examples == 0 or p.grad_sample is None:  # type: ignore[attr-defined]
@@ -120,14 +103,3 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def scale_grad(self) -> None:
         """Do nothing: `add_noise` has divided already."""
-
-
-def _clip_factors(samples: list[Tensor], clipping_norm: float) -> Tensor:
-    """Return the factor [n] of each example, from its gradients [n, size of a parameter]: 0 if one is not finite."""
-    norm = torch.linalg.vector_norm(samples[0], dim=1)
-    if len(samples) > 1:
-        others = [torch.linalg.vector_norm(sample, dim=1) for sample in samples[1:]]
-        norm = torch.linalg.vector_norm(torch.stack([norm, *others], dim=1), dim=1)
-    # An infinite norm gives 0 by itself.
-    factors: Tensor = clipping_norm / (1 + _MARGIN) / norm
-    return factors.clamp_(max=1.0).nan_to_num_(nan=0.0)

@@ -198,6 +198,8 @@ class ClientGroup:
         from .kernels import private_stack
 
         plans = [plan for name in names if (plan := self._owners.plan_of(name)) is not None]
+        if [plan.records for plan in plans] != sizes.tolist():
+            raise RunError("internal", "a plan is that of another number of records")
         return private_stack.train(*known, self._training, self._form, keys=keys, plans=plans), sizes
 
     def _answer(self, row: NDArray[np.floating[Any]], numbers: Numbers, error: RunError | None, name: str) -> Answer:

@@ -152,7 +152,7 @@ class Nodes(Mapping[int, str]):
         return name
 
     def __contains__(self, node: object) -> bool:
-        return node in self._recent or (isinstance(node, int) and self._found(node) is not None)
+        return node in self._recent or (isinstance(node, int | np.integer) and self._found(int(node)) is not None)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.ids)

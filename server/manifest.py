@@ -90,6 +90,13 @@ def refuse_other_software(old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
             f'train.dp_engine: the run began with "{old.get("dp_engine")}", and its model now takes '
             f'"{new["dp_engine"]}"; restore the code of the model, or start a new run',
         )
+    # Kernels round differently too, and which one can train follows from the model, whose code its owner may change.
+    if old.get("kernel") != new["kernel"]:
+        raise InputError(
+            "run-changed",
+            f'simulation.kernel: the run began with "{old.get("kernel")}", and its model now takes "{new["kernel"]}"; '
+            "restore the code of the model, or start a new run",
+        )
 
 
 def origin_of(experiment: Experiment, initial: Arrays) -> dict[str, str]:

@@ -117,7 +117,7 @@ class RoundLoop(RoundTraining):
         """Return who is sent a message in this round, and pays for it, whenever the reply comes."""
         population = list(self.clients) if self.population is None else self.population(number)
         if isinstance(self.strategy, Asynchronous):
-            return list(self.call(self.strategy.draw, number, population))
+            return list(self.call(self.strategy.draw, number, list(population)))
         # Of a population of fixed size some places may be nobody's.
         return [node for node in self.sampler.draw(number, population) if node in self.clients]
 

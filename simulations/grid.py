@@ -41,7 +41,7 @@ class VirtualGrid(RoundGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids of all virtual clients."""
-        return self.names.ids
+        return list(self.names.ids)
 
     def virtual_time(self) -> float | None:
         """Return the clients' time, the median client's training being 1; None where it would only count exchanges."""

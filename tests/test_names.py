@@ -83,6 +83,7 @@ def test_nodes_are_those_of_the_names(recent, monkeypatch):
             nodes[node]
         with pytest.raises(KeyError):
             nodes.place(node)
+    assert np.int64(flower.node_id("client-0007")) in nodes
     assert "client-0001" not in nodes and not Nodes(())
 
 

@@ -20,7 +20,7 @@ from bract.clients.kernels.stack_form import Form
 from bract.clients.owner import plain_key
 from bract.clients.training import reproducible
 from bract.core.keys import Key
-from bract.privacy.dpsgd import clipping
+from bract.privacy.dpsgd import clipping, together
 from bract.privacy.dpsgd.passes import poisson_batches
 from bract.privacy.dpsgd.together import batches_together
 from bract.server.events import ClientFailed
@@ -114,15 +114,18 @@ def test_a_bad_example_moves_its_client_by_no_more_than_the_bound_and_no_other_a
     assert 0 < np.linalg.norm(rows[place] - good[place]) < 0.05 * 0.7 / 10 * 2 * 6
 
 
+@pytest.mark.parametrize("draws", [1, 500, 2**20])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_batches_are_those_of_each_client_alone(epochs):
+def test_batches_are_those_of_each_client_alone(epochs, draws, monkeypatch):
+    monkeypatch.setattr(together, "_DRAWS", draws)
     plans = [replace(PLAN, records=size, epochs=epochs, batch_size=7) for size in (1, 6, 7, 8, 30, 100)]
     keys = [Key.from_seed(number) for number in range(len(plans))]
-    found = batches_together(plans, [key.stream() for key in keys])
-    for number, (plan, key) in enumerate(zip(plans, keys, strict=True)):
-        alone = list(poisson_batches(plan, key.stream()))
-        for step, (row, count) in enumerate(zip(found.records[:, number], found.counts[:, number], strict=True)):
-            assert row[:count].tolist() == (alone[step].tolist() if step < len(alone) else [])
+    found = list(batches_together(plans, [key.stream() for key in keys]))
+    alone = [list(poisson_batches(plan, key.stream())) for plan, key in zip(plans, keys, strict=True)]
+    assert len(found) == max(map(len, alone))
+    for step, (rows, counts) in enumerate(found):
+        for row, count, own in zip(rows, counts, alone, strict=True):
+            assert row[:count].tolist() == (own[step].tolist() if step < len(own) else [])
 
 
 def test_factors_of_another_kind_are_found_out(monkeypatch):
@@ -150,6 +153,21 @@ def test_what_cannot_be_stacked_is_found_out(make, loss_of):
     model, data = resident(make), records()
     with pytest.raises(NotRecordable):
         private_stack.prepare(model, loss_of, TRAINING, data, form_of(model, data), PLAN)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e6])
+def test_a_stack_that_is_wrong_is_found_out_whatever_the_norm(norm, monkeypatch):
+    model, data = resident(MODELS["mlp"][0]), records()
+    monkeypatch.setattr(private_stack, "clip_factors", lambda layers, c: [1.01 * clipping._factors(list(layers[0]), c)])
+    with pytest.raises(NotRecordable, match="differ"):
+        private_stack.prepare(model, loss, TRAINING, data, form_of(model, data), replace(PLAN, clipping_norm=norm))
+
+
+def test_what_trains_does_not_follow_from_anybody_s_records():
+    model, data = resident(MODELS["mlp"][0]), records()
+    data.targets[:] = 99
+    data.inputs[:] = math.nan
+    private_stack.prepare(model, loss, TRAINING, data, form_of(model, data), PLAN)
 
 
 PRIVATE = {

@@ -194,6 +194,18 @@ def test_other_software_is_refused(tiny, tmp_path):
     assert caught.value.code == "run-changed" and "torch 1.0" in caught.value.sentence
 
 
+def test_another_kernel_is_refused(tiny, tmp_path):
+    """It may round otherwise, and the same noise over other sums would reveal their difference."""
+    bract.simulate(tiny(**SECRET), out=tmp_path / "run", listeners=[InterruptAfter(2)])
+    path = tmp_path / "run" / "manifest.json"
+    # As if its model could not be stacked any more.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kernel": "stacked"}))
+    with pytest.raises(InputError) as caught:
+        bract.simulate(resume=tmp_path / "run")
+    assert caught.value.code == "run-changed"
+    assert caught.value.sentence.startswith('simulation.kernel: the run began with "stacked", and its model now takes')
+
+
 def test_another_engine_is_refused(tiny, tmp_path, monkeypatch):
     """It rounds otherwise, and the same noise over other sums would reveal their difference."""
     out = tmp_path / "run"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...core.keys import Key, single_rows
+from ...privacy.dpsgd.bookkeeping import random_inputs
 from ...privacy.dpsgd.clipping import clip_factors, layer_norm
 from ...privacy.dpsgd.gradients import finite
 from ...privacy.dpsgd.noised_sum import NoisedSum
@@ -29,7 +30,7 @@ from .program import recorded_call
 from .recording import NotRecordable
 from .stack_form import Form
 
-# By how much of the clipping norm a stack's sums may differ from the engine's, which rounds otherwise.
+# By how much of its length a stack's sum may differ from the engine's, which rounds otherwise.
 _TOLERANCE = 1e-4
 
 
@@ -87,7 +88,7 @@ def train(
     deviations, moves = torch.zeros(form.width, 1), torch.zeros(form.width, 1)
     steps = np.array([plan.steps_per_round for plan in plans])
     with torch.inference_mode():
-        for step, (records, counts) in enumerate(zip(batches.records, batches.counts, strict=True)):
+        for step, (records, counts) in enumerate(batches):
             stack.sums.zero_()
             for first in range(0, int(counts.max(initial=0)), form.batch):
                 _take_pass(stack, examples, form, begins, records[:, first : first + form.batch], counts - first)
@@ -130,9 +131,10 @@ def _take_pass(
 def prepare(
     model: LocalModel, loss: Loss, training: LocalTraining, like: Examples, form: Form, plan: RecordLevelPlan
 ) -> PrivateStack:
-    """Return the stack that the model keeps for examples like these, made and tried out at the first call.
+    """Return the stack that the model keeps for examples like these, made at the first call.
 
-    `plan` says how gradients are clipped. Raises NotRecordable, also where it was not recordable before.
+    It is tried out on random examples. `plan` says how gradients are clipped. Raises NotRecordable, also where it was
+    not recordable before.
     """
     kind = (like.inputs.shape[1:], like.inputs.dtype, form, plan.clipping_norm, plan.per_layer)
     if kind not in model.private_stacks:
@@ -184,9 +186,9 @@ def _prepared(
         stack.sums.add_(torch.cat([parts[name] for name in stack.names], dim=1))
         return [torch.stack([factor.amin() for factor in factors if factor is not None]).amin()]
 
-    records = torch.arange(width * batch) % len(like)
-    inputs = like.inputs[records].unflatten(0, (width, batch))
-    targets = like.targets[records].unflatten(0, (width, batch))
+    # Random ones: what a run takes must not follow from anybody's records.
+    inputs = random_inputs(width * batch, like.inputs, torch.Generator().manual_seed(0)).unflatten(0, (width, batch))
+    targets = torch.zeros(width, batch, dtype=like.targets.dtype)
     was_training = model.module.training
     model.module.train()
     try:
@@ -268,7 +270,7 @@ def _refuse_other_sums(
             private.step(inputs[place, : lengths[place]], targets[place, : lengths[place]], loss)
     for place, expected in enumerate(sums):
         # Numbers that are not finite fail this too.
-        if not float((stack.sums[place] - expected).abs().max()) <= _TOLERANCE * plan.clipping_norm:
+        if not float((stack.sums[place] - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
             raise NotRecordable("its sums in a stack differ from those of one client")
 
 

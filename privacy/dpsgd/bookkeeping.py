@@ -288,7 +288,11 @@ def _probe(module: nn.Module, like: Tensor, generator: torch.Generator) -> Tenso
     for p in module.parameters():
         fan_in = math.prod(p.shape[1:])
         p.data.uniform_(-1.0, 1.0, generator=generator).mul_(1 / math.sqrt(fan_in))
-    count = next(n for n in range(3, 3 + like.dim() + 1) if n not in like.shape[1:])
+    return random_inputs(next(n for n in range(3, 3 + like.dim() + 1) if n not in like.shape[1:]), like, generator)
+
+
+def random_inputs(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return so many random inputs of the shape and type of `like` [n, ...], whose values are not used."""
     shape = (count, *like.shape[1:])
     if like.is_floating_point():
         return torch.randn(shape, generator=generator).to(like.dtype)
